@@ -1,0 +1,15 @@
+"""Curvature operators and per-sample gradients of PyTorch models, on torch tensors."""
+
+try:
+    import torch as _torch  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "invhvp_torch needs PyTorch, which is not installed: pip install 'invhvp[torch]'",
+        name="torch",
+    ) from error
+
+from .curvature import Hessian as Hessian
+from .curvature import hessian as hessian
+from .gradients import per_sample_gradients as per_sample_gradients
+from .parameters import from_array as from_array
+from .parameters import to_array as to_array

@@ -1,0 +1,43 @@
+"""Certified inverse-Hessian-vector products on any array library.
+
+Solve (A + λI)x = b where A is a Hessian, Gauss–Newton or Fisher matrix known only through its
+products, on NumPy, CuPy, PyTorch and JAX arrays.
+"""
+
+import logging as _logging
+
+from .gradients import DenseGradients as DenseGradients
+from .gradients import OuterProductGradients as OuterProductGradients
+from .gradients import StackedGradients as StackedGradients
+from .gradients import StreamedGradients as StreamedGradients
+from .influence import Influence as Influence
+from .layout import Block as Block
+from .layout import Layout as Layout
+from .methods import CG as CG
+from .methods import BlockCG as BlockCG
+from .methods import Direct as Direct
+from .methods import Fixed as Fixed
+from .methods import SampleSpace as SampleSpace
+from .methods import Surrogate as Surrogate
+from .methods import solve as solve
+from .operators import BlockDiagonal as BlockDiagonal
+from .operators import Callback as Callback
+from .operators import Damped as Damped
+from .operators import Dense as Dense
+from .operators import Diagonal as Diagonal
+from .operators import Identity as Identity
+from .operators import LinearOperator as LinearOperator
+from .operators import LowRank as LowRank
+from .operators import RankOneMean as RankOneMean
+from .operators import as_operator as as_operator
+from .solution import ConvergenceError as ConvergenceError
+from .solution import ConvergenceWarning as ConvergenceWarning
+from .solution import IndefiniteError as IndefiniteError
+from .solution import InvhvpWarning as InvhvpWarning
+from .solution import SingularError as SingularError
+from .solution import Solution as Solution
+from .solution import Status as Status
+
+__version__ = "0.1.0.dev0"
+
+_logging.getLogger("invhvp").addHandler(_logging.NullHandler())

@@ -1,0 +1,303 @@
+"""The seam to the array libraries; with `_random`, the only file that may name one.
+
+Everything else is written to the array-API standard. What the standard leaves open is decided
+here once: which factorisations exist and how they fail, where float64 lives, how a small array
+reaches the host, and how much memory is free.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from functools import lru_cache
+from typing import Any
+
+import array_api_compat as compat
+import numpy as np
+
+from .protocols import Array
+
+namespace = compat.array_namespace
+device = compat.device
+
+
+def is_array(x: Any) -> bool:
+    """Whether `x` is an array of a library that we can compute with."""
+    return compat.is_array_api_obj(x)
+
+
+def is_numpy(x: Array) -> bool:
+    """Whether `x` is a NumPy array."""
+    return compat.is_numpy_array(x)
+
+
+def library_name(x: Array) -> str:
+    """`"numpy"`, `"torch"`, `"jax"`, `"cupy"` or whatever the namespace calls itself."""
+    name = namespace(x).__name__
+    return name.removeprefix("array_api_compat.").split(".")[0]
+
+
+def empty_like(x: Array) -> Array:
+    """A zero-size array of the same library, dtype and device: it carries no data along."""
+    return namespace(x).zeros((0,), dtype=x.dtype, device=None if is_tracing(x) else device(x))
+
+
+def is_tracing(x: Array) -> bool:
+    """Whether `x` is being traced (`jax.jit`), so that its values cannot be looked at."""
+    jax = sys.modules.get("jax")
+    return jax is not None and isinstance(x, jax.core.Tracer)
+
+
+# --------------------------------------------------------------------------- dtypes and devices
+
+
+def eps(dtype: Any) -> float:
+    """Unit spacing of a real floating dtype of any library."""
+    return {"float64": 2.0**-52, "float32": 2.0**-23, "bfloat16": 2.0**-7, "float16": 2.0**-10}[
+        dtype_name(dtype)
+    ]
+
+
+def tiny(dtype: Any) -> float:
+    """Smallest positive number that is safe to divide by, for a real floating dtype."""
+    return {"float64": 2.0**-1000, "float32": 2.0**-120}.get(dtype_name(dtype), 2.0**-13)
+
+
+def dtype_name(dtype: Any) -> str:
+    """`"float32"` for `np.float32`, `torch.float32`, `jnp.float32` and strict's alike."""
+    name = getattr(dtype, "name", None) or getattr(dtype, "__name__", None) or str(dtype)
+    return name.rpartition(".")[2]
+
+
+def dtype_of(xp: Any, name: str) -> Any:
+    """The namespace's dtype called `name`."""
+    return getattr(xp, name)
+
+
+def is_real_floating(dtype: Any) -> bool:
+    """Whether `dtype` is one that the engine solves in."""
+    return dtype_name(dtype) in ("float64", "float32", "bfloat16", "float16")
+
+
+def same_device(x: Array, y: Array) -> bool:
+    """Whether two arrays of one namespace live on the same device."""
+    return device(x) == device(y)
+
+
+@lru_cache(maxsize=256)
+def _has_float64(xp: Any, dev: Any) -> bool:
+    try:
+        probe = xp.zeros((1,), dtype=xp.float64, device=dev)
+    except (ValueError, TypeError, RuntimeError):
+        return False
+    return dtype_name(probe.dtype) == "float64"
+
+
+def has_float64(x: Array) -> bool:
+    """Whether the device of `x` computes in float64 (MPS, TPUs and JAX by default do not)."""
+    xp = namespace(x)
+    if compat.is_jax_namespace(xp):  # jax.config may change: never cached, never a warning
+        return bool(sys.modules["jax"].config.jax_enable_x64)
+    if compat.is_numpy_namespace(xp):
+        return True
+    try:
+        return _has_float64(xp, device(x))
+    except TypeError:  # an unhashable device (CuPy): CUDA devices all have float64
+        return True
+
+
+# ------------------------------------------------------------------- planned host transfers
+
+
+def to_host(x: Array) -> np.ndarray:
+    """Copy a small array to the host as NumPy: the one sanctioned synchronisation."""
+    if compat.is_numpy_array(x):
+        return x
+    if compat.is_cupy_array(x):
+        return x.get()
+    if compat.is_torch_array(x):
+        x = x.detach().cpu()
+        return (x.float() if dtype_name(x.dtype) == "bfloat16" else x).numpy()
+    if compat.is_jax_array(x):
+        return np.asarray(x)
+    xp = namespace(x)
+    cpu = getattr(xp, "Device", None)
+    return np.asarray(compat.to_device(x, cpu("CPU_DEVICE") if cpu else "cpu"))
+
+
+def from_host(a: Any, like: Array, dtype: Any = None) -> Array:
+    """Place a host array beside `like`: its namespace, device and (by default) dtype."""
+    xp = namespace(like)
+    dtype = like.dtype if dtype is None else dtype
+    name = dtype_name(dtype)
+    if name != "bfloat16":
+        a = np.asarray(a, dtype=np.dtype(name))  # convert first: the device may lack float64
+    elif compat.is_torch_array(like):
+        return xp.asarray(np.asarray(a, dtype=np.float32), device=device(like)).to(dtype)
+    if compat.is_torch_array(like) and not a.flags.writeable:
+        a = a.copy()  # torch warns about read-only memory
+    return xp.asarray(a, dtype=dtype, device=device(like))
+
+
+# ----------------------------------------------------------------------------- small arrays
+#
+# k × k algebra runs in float64: on the device where it has float64, else on the host after one
+# planned transfer; while tracing it stays on the device in the widest type there is.
+
+
+def to_small(x: Array) -> Array:
+    """Move a k × k (or k) array to where small algebra runs, in its precision."""
+    xp = namespace(x)
+    if has_float64(x):
+        return x if dtype_name(x.dtype) == "float64" else xp.astype(x, xp.float64)
+    if is_tracing(x):
+        return xp.astype(x, xp.float32)
+    return np.asarray(to_host(x), dtype=np.float64)
+
+
+def lift(M: Array, like: Array) -> Array:
+    """Bring a small array back beside `like`, in the dtype of `like`."""
+    xp = namespace(like)
+    if compat.is_numpy_array(M) and not compat.is_numpy_array(like):
+        return from_host(M, like)
+    return M if M.dtype == like.dtype else xp.astype(M, like.dtype)
+
+
+def cast(X: Array, like: Array) -> Array:
+    """X in the dtype of `like`; the same array where it is that already."""
+    return X if X.dtype == like.dtype else namespace(X).astype(X, like.dtype)
+
+
+# ------------------------------------------------------------------------------------- GEMM
+
+
+def matmul(a: Array, b: Array) -> Array:
+    """Multiply without TF32: the engine's only matrix product on tall blocks."""
+    if compat.is_torch_array(a):
+        if a.device.type == "cuda" and dtype_name(a.dtype) == "float32":
+            flags = sys.modules["torch"].backends.cuda.matmul
+            if flags.allow_tf32:
+                flags.allow_tf32 = False
+                try:
+                    return a @ b
+                finally:
+                    flags.allow_tf32 = True
+        return a @ b
+    if compat.is_jax_array(a):
+        return namespace(a).matmul(a, b, precision="highest")
+    return a @ b
+
+
+# ---------------------------------------------------------------------------- factorisations
+#
+# Success is decided from values. NumPy and strict raise, torch raises and synchronises, JAX
+# returns NaN, CuPy returns garbage without a word: here all of them return NaN.
+
+
+def _nan_like(M: Array) -> Array:
+    return namespace(M).full_like(M, math.nan)
+
+
+def cholesky(M: Array) -> Array:
+    """Lower Cholesky factor of a small or dense symmetric matrix; all NaN if not definite."""
+    xp = namespace(M)
+    if compat.is_torch_array(M):
+        L, info = sys.modules["torch"].linalg.cholesky_ex(M)  # never raises, never synchronises
+        return xp.where(info == 0, L, _nan_like(L))
+    try:
+        L = xp.linalg.cholesky(M)
+    except Exception as error:
+        if is_out_of_memory(error) or "LinAlg" not in type(error).__name__:
+            raise
+        return _nan_like(M)
+    if compat.is_cupy_array(M):  # believe the factor only if it multiplies back
+        misfit = xp.max(xp.abs(L @ L.T - M))
+        good = misfit <= 1e3 * M.shape[0] * eps(M.dtype) * xp.max(xp.abs(M))
+        return xp.where(good, L, _nan_like(L))
+    return L
+
+
+def eigh(M: Array) -> tuple[Array, Array]:
+    """Ascending eigenvalues and eigenvectors of a symmetric matrix; all NaN on failure."""
+    xp = namespace(M)
+    M = (M + xp.matrix_transpose(M)) / 2
+    try:
+        result = xp.linalg.eigh(M)
+    except Exception as error:
+        if is_out_of_memory(error) or "LinAlg" not in type(error).__name__:
+            raise
+        return _nan_like(M[:, 0]), _nan_like(M)
+    return result[0], result[1]
+
+
+def solve_lower(L: Array, B: Array, *, transpose: bool = False) -> Array:
+    """Solve L X = B (or Lᵀ X = B) for a lower-triangular L and a two-dimensional B."""
+    xp = namespace(L)
+    if compat.is_numpy_array(L):
+        from scipy.linalg import solve_triangular
+
+        return solve_triangular(L, B, lower=True, trans=int(transpose), check_finite=False)
+    if compat.is_torch_array(L):
+        solve = sys.modules["torch"].linalg.solve_triangular
+        return solve(L.mT if transpose else L, B, upper=transpose)
+    if compat.is_jax_array(L):
+        from jax.scipy.linalg import solve_triangular  # pyright: ignore[reportMissingImports]
+
+        return solve_triangular(L, B, lower=True, trans=int(transpose))
+    if compat.is_cupy_array(L):
+        # cupyx.scipy.linalg needs the CUDA libraries at import: only when it is used.
+        from cupyx.scipy.linalg import solve_triangular  # pyright: ignore[reportMissingImports]
+
+        return solve_triangular(L, B, lower=True, trans=int(transpose))
+    A = xp.matrix_transpose(L) if transpose else L
+    try:
+        return xp.linalg.solve(A, B)
+    except Exception as error:
+        if "LinAlg" not in type(error).__name__:
+            raise
+        return _nan_like(B)
+
+
+def inv_lower(L: Array) -> Array:
+    """Inverse of a small lower-triangular matrix."""
+    xp = namespace(L)
+    return solve_lower(L, xp.eye(L.shape[0], dtype=L.dtype, device=device(L)))
+
+
+# ---------------------------------------------------------------------------------- memory
+
+
+def free_memory(x: Array) -> int:
+    """Bytes that can still be allocated on the device of `x`."""
+    if compat.is_torch_array(x) and x.device.type == "cuda":
+        return int(sys.modules["torch"].cuda.mem_get_info(x.device)[0])
+    if compat.is_cupy_array(x):
+        pool = sys.modules["cupy"].get_default_memory_pool()
+        with x.device:
+            return int(x.device.mem_info[0]) + int(pool.free_bytes())
+    if compat.is_jax_array(x) and not is_tracing(x):
+        stats = next(iter(x.devices())).memory_stats()
+        if stats and "bytes_limit" in stats:
+            return int(stats["bytes_limit"] - stats["bytes_in_use"])
+    return _free_host_memory()
+
+
+def _free_host_memory() -> int:
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            for line in lines:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return 4 << 30  # not Linux: assume a small laptop rather than guess high
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception of any library says that memory ran out."""
+    if isinstance(error, MemoryError):
+        return True
+    name = type(error).__name__
+    return name == "OutOfMemoryError" or (
+        name in ("XlaRuntimeError", "JaxRuntimeError") and "RESOURCE_EXHAUSTED" in str(error)
+    )

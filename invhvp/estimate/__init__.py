@@ -1,0 +1,1 @@
+"""Estimates of norms, spectra and diagonals from operator products."""

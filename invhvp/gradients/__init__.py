@@ -1,0 +1,9 @@
+"""Per-sample gradients as structured N × p matrices, samples in rows."""
+
+from .base import GradientMatrix as GradientMatrix
+from .base import concatenate as concatenate
+from .dense import DenseGradients as DenseGradients
+from .outer_product import OuterProductGradients as OuterProductGradients
+from .stacked import StackedGradients as StackedGradients
+from .streamed import StreamedGradients as StreamedGradients
+from .transposed import Transposed as Transposed

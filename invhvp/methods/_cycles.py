@@ -1,0 +1,237 @@
+"""Cycles, looks, true residuals, verdicts: how a block of columns is brought to an end.
+
+A kernel advances an iteration on unit-norm residual columns and can be looked at; this file
+decides. It restarts on the true residual where recurrence and truth differ, names what went
+wrong, and never calls a column CONVERGED unless its true residual meets the stopping rule.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .. import _backend, _linalg
+from ..estimate.norm import operator_norm
+from ..protocols import Array
+from ..solution import Curvature, Status
+from ._columns import merge_columns, take_columns
+from ._inverse import column_look, residual_error_bounds
+from ._krylov import RADAU_MARGIN, Kernel, Look
+
+if TYPE_CHECKING:
+    from ._driver import Run
+
+_REFINEMENTS = 20  # cycles with a residual_operator; each gains the digits of the inner precision
+
+
+class Block:
+    """The columns that are iterated together, through all their cycles."""
+
+    def __init__(self, run: Run, B: Array, b_norms: np.ndarray, x0: Array | None) -> None:
+        self.run, self.B, self.b_norms = run, B, b_norms
+        method = run.method
+        self.X = _backend.namespace(B).zeros_like(B) if x0 is None else x0
+        self.R = B
+        self.norms = b_norms
+        if x0 is not None:
+            self.R = B - run.outer(x0)
+            (self.norms,) = column_look(run.norms(self.R))
+        self.targets = np.maximum(method.rtol * b_norms, method.atol)
+        k = B.shape[1]
+        self.x_norms = np.zeros(k)
+        floors = 4 * _backend.eps(B.dtype) * b_norms
+        outer, shift = run.inverse.outer, run.inverse.shift
+        self.bounds = residual_error_bounds(outer, shift, self.norms, floors)
+        self.energies = np.zeros(k)
+        self.status: list[Status | None] = [None] * k
+        self.size = 0.0
+        self.limit = run.iterations + run.maxiter
+
+    def solve(self) -> Block:
+        """Cycle until every column has a status."""
+        refine = self.run.outer is not self.run.products
+        cycles = _REFINEMENTS if refine else 1 + self.run.method.max_restarts
+        if self.run.method.etol is None:
+            self._settle(np.arange(len(self.status)), self.norms <= self.targets)
+        for cycle in range(cycles):
+            open_ = np.asarray([j for j, s in enumerate(self.status) if s is None], dtype=int)
+            if not open_.size:
+                break
+            ended = self._cycle(open_, last=cycle == cycles - 1)
+            if ended:
+                break
+        for j, status in enumerate(self.status):
+            self.status[j] = self._unmet(j) if status is None else status
+        return self
+
+    def _settle(self, columns: np.ndarray, met: np.ndarray) -> None:
+        for j, good in zip(columns, met, strict=True):
+            if good and self.status[j] is None:
+                self.status[j] = Status.CONVERGED
+
+    def _cycle(self, open_: np.ndarray, *, last: bool) -> bool:
+        """Iterate on the residuals of the open columns; True where no restart can help."""
+        run, method = self.run, self.run.method
+        scale = self.norms[open_]
+        R = take_columns(self.R, open_)
+        unit = _linalg.scale_columns(R, 1 / scale)
+        inner = _backend.cast(unit, run.inverse.operator.like)
+        kernel = run.kernel(guarded=method.check_every != 1)
+        state, look, reason = self._iterate(kernel, inner, open_, scale)
+        step = _linalg.scale_columns(_backend.cast(kernel.solution(state), R), scale)
+        X = take_columns(self.X, open_) + step
+        B = take_columns(self.B, open_)
+        true = B - run.outer(X)
+        gap = true - _linalg.scale_columns(_backend.cast(kernel.residual(state), R), scale)
+        energy = _linalg.column_dot(X, B - true, reduce=method.reduce)
+        norms, x_norms, gaps, energies = column_look(
+            run.norms(true), run.norms(X), run.norms(gap), energy
+        )
+        if not np.all(np.isfinite(norms)):
+            reason = Status.NONFINITE
+        before = self.norms[open_]
+        halved = norms <= 0.5 * before
+        better = norms < before
+        self._accept(open_, better, X, true, norms, x_norms)
+        self._certify(open_, better, look, scale, gaps, energies)
+        self._judge(open_, reason, halved, last=last)
+        return reason is not None or not halved.any()
+
+    def _iterate(
+        self, kernel: Kernel, R: Array, open_: np.ndarray, scale: np.ndarray
+    ) -> tuple[Any, Look | None, Status | None]:
+        """Advance one cycle; the last good state, what was seen of it, and why it ended."""
+        run, method = self.run, self.run.method
+        state, look = kernel.start(R), None
+        every = method.check_every or 1
+        tolerance = 0.9 * self.targets[open_]
+        eps = _backend.eps(R.dtype)
+        asymmetric = method.symmetry_tol
+        asymmetric = 200 * eps if asymmetric is None else asymmetric
+        width = R.shape[1]
+        while run.iterations < self.limit and not run.out_of_budget(width):
+            new, steps = state, 0
+            while steps < every and run.iterations < self.limit:
+                new = kernel.step(new)
+                steps += 1
+                run.iterations += 1
+            run.bar.update(steps)
+            seen = kernel.look(new)
+            if not np.all(seen.ok) or not np.all(np.isfinite(seen.residuals)):
+                good = new if method.check_every != 1 else state
+                return good, look or Look.nothing(open_.size), self._breakdown(kernel, good, seen.ok)
+            state, look = new, seen
+            self.size = max(self.size, look.size)
+            run.record(look, scale, self.b_norms[open_])
+            if look.asymmetry > asymmetric:
+                return state, look, Status.NOT_SYMMETRIC
+            if method.etol is not None:
+                limit = 0.9 * method.etol * np.sqrt(np.maximum(look.energies, 0.0))
+                met = np.sqrt(np.maximum(look.squared_bounds, 0.0)) <= limit
+                met |= self._plain_bound(look.residuals, scale) <= limit * scale
+            else:
+                met = look.residuals * scale <= tolerance
+            # Rounding averages out: residuals fall to about a tenth of ε‖A‖‖x‖ before they lie.
+            floors = 0.1 * eps * look.size * np.maximum(look.x_norms * scale, self.x_norms[open_])
+            if np.all(met | (look.residuals * scale <= floors)):
+                return state, look, None
+        return state, look or Look.nothing(open_.size), Status.MAXITER
+
+    def _plain_bound(self, residuals: np.ndarray, scale: np.ndarray) -> np.ndarray:
+        least = self.run.inverse.least
+        return residuals * scale / math.sqrt(least) if least > 0 else np.full(len(scale), np.inf)
+
+    def _breakdown(self, kernel: Kernel, state: Any, ok: np.ndarray) -> Status | None:
+        """Why PᵀAP was not positive definite: a proof, NaN, or rounding (None: restart)."""
+        run = self.run
+        v = kernel.suspect(state, ~ok)
+        norm = run.norms(v)
+        v = _linalg.scale_columns(v, 1 / norm)
+        Av = run.products(v)
+        quotient = _linalg.column_dot(v, Av, reduce=run.method.reduce)
+        q, size = column_look(quotient, run.norms(Av))
+        if not (np.isfinite(q[0]) and np.isfinite(size[0])):
+            return Status.NONFINITE
+        if q[0] < -8 * _backend.eps(v.dtype) * size[0] or size[0] == 0:
+            least = run.inverse.least
+            run.curvature = Curvature(v[:, 0], float(q[0]) - least)
+            return Status.NEGATIVE_CURVATURE
+        return None
+
+    def _accept(
+        self, open_: np.ndarray, better: np.ndarray, X: Array, R: Array,
+        norms: np.ndarray, x_norms: np.ndarray,
+    ) -> None:
+        chosen = open_[better]
+        position = np.arange(len(self.status))
+        position[chosen] = len(self.status) + np.flatnonzero(better)
+        self.X = merge_columns(self.X, X, position)
+        self.R = merge_columns(self.R, R, position)
+        self.norms = self.norms.copy()
+        self.norms[chosen] = norms[better]
+        self.x_norms[chosen] = x_norms[better]
+
+    def _certify(
+        self, open_: np.ndarray, better: np.ndarray, look: Look | None, scale: np.ndarray,
+        gaps: np.ndarray, energies: np.ndarray,
+    ) -> None:
+        """‖e‖_A ≤ min(Gauss–Radau + gap/√λ, ‖r‖/√λ), each with the rounding of r."""
+        run, inverse = self.run, self.run.inverse
+        norms, x_norms = self.norms[open_], self.x_norms[open_]
+        size = max(self.size, getattr(inverse.preconditioner, "operator_size", 0.0))
+        eps = _backend.eps(self.B.dtype)
+        floors = 4 * eps * np.maximum(size * x_norms, self.b_norms[open_])
+        plain = residual_error_bounds(inverse.outer, inverse.shift, norms, floors)
+        # Radau's bound needs the spectrum to stay above μ under the rounding of the products.
+        inner_eps = _backend.eps(inverse.operator.dtype)
+        legal = inverse.radau_mu() is not None and (
+            0 < 16 * inner_eps * size <= (1 - RADAU_MARGIN) * inverse.least
+        )
+        if legal and look is not None:
+            radau = np.sqrt(np.maximum(look.squared_bounds, 0.0)) * scale
+            radau = radau + (gaps + floors) / math.sqrt(inverse.least)
+            plain = np.where(np.isfinite(radau), np.minimum(plain, radau), plain)
+        chosen = open_[better]
+        self.bounds[chosen] = plain[better]
+        self.energies[chosen] = np.sqrt(np.maximum(energies[better], 0.0))
+
+    def _judge(
+        self, open_: np.ndarray, reason: Status | None, halved: np.ndarray, *, last: bool
+    ) -> None:
+        if reason in (Status.NOT_SYMMETRIC, Status.NEGATIVE_CURVATURE, Status.NONFINITE):
+            # Even a column that looks solved rests on an operator that breaks its promise.
+            for j in open_:
+                self.status[j] = reason
+            return
+        met = self.norms[open_] <= self.targets[open_]
+        if self.run.method.etol is not None:
+            met = self.bounds[open_] <= self.run.method.etol * self.energies[open_]
+        self._settle(open_, met)
+        for i, j in enumerate(open_):
+            if self.status[j] is not None:
+                continue
+            if reason is Status.MAXITER:
+                self.status[j] = reason
+            elif last or not halved[i] or self.norms[j] <= self._floor(j):
+                self.status[j] = self._unmet(j)
+
+    def _floor(self, j: int) -> float:
+        """The residual that rounding leaves behind: a few units of ‖A + λI‖‖x‖."""
+        if self.size == 0.0:
+            self.size = operator_norm(
+                self.run.products, self.run.inverse.operator.like, self.run.inverse.shape[0],
+                reduce=self.run.method.reduce,
+            )
+        eps = _backend.eps(self.B.dtype)
+        return 2 * eps * max(self.size * self.x_norms[j], self.b_norms[j])
+
+    def _unmet(self, j: int) -> Status:
+        """FLOOR where rounding explains the residual, else STAGNATED."""
+        return Status.FLOOR if self.norms[j] <= 8 * self._floor(j) else Status.STAGNATED
+
+
+def _nothing(k: int) -> Look:
+    zero = np.zeros(k)
+    return Look(np.ones(k), np.full(k, np.inf), zero, zero, zero > 1, 0.0, 0.0)

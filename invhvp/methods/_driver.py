@@ -1,0 +1,220 @@
+"""The inverse that the Krylov methods prepare: one solve from the door to the `Solution`."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from .. import _backend, _linalg
+from ..operators import LinearOperator, as_operator
+from ..operators.damping import smallest
+from ..protocols import Array, Damping
+from ..solution import Curvature, Record, Solution, Status
+from ._columns import distinct, expand
+from ._cycles import Block
+from ._inverse import (
+    PreparedInverse,
+    Products,
+    check_finite_columns,
+    codes_for,
+    column_look,
+    pack_solution,
+    residual_error_bounds,
+)
+from ._krylov import RADAU_MARGIN, Kernel, KrylovMethod, Look
+from ._progress import progress_bar
+
+
+
+class KrylovInverse(PreparedInverse):
+    """(A + λI)⁻¹ by CG or BlockCG; every product iterates anew."""
+
+    method: KrylovMethod
+
+    def __init__(self, method: KrylovMethod, A: LinearOperator, damping: Damping) -> None:
+        super().__init__(method, A, damping)
+        self.least = smallest(self.shift)
+        self.outer = A
+        if method.residual_operator is not None:
+            self.outer = as_operator(method.residual_operator)
+            if self.outer.shape != A.shape:
+                msg = f"residual_operator has shape {self.outer.shape}, A has {A.shape}"
+                raise ValueError(msg)
+        if method.etol is not None and not (self.outer.psd and self.least > 0):
+            msg = (
+                "etol needs an error bound: a positive semidefinite operator (psd=True) and "
+                "damping > 0; use rtol"
+            )
+            raise ValueError(msg)
+        self.preconditioner = None
+        if method.preconditioner is not None:
+            inner = method.preconditioner.prepare(A, damping=damping)
+            if not inner.fixed_spd:
+                msg = (
+                    f"{type(inner.method).__name__} cannot precondition: it is not one fixed "
+                    "symmetric positive-definite map; use Direct, Surrogate or a preconditioner"
+                )
+                raise ValueError(msg)
+            self.preconditioner = inner
+            self.products = inner.products
+
+    @staticmethod
+    def _working_like(method: Any, A: LinearOperator) -> Array:
+        return A.like if method.residual_operator is None else (
+            as_operator(method.residual_operator).like
+        )
+
+    # ------------------------------------------------------------------------------ the solve
+
+    def _solve(
+        self, B: Array, *, x0: Array | None = None, callback: Any = None, progress: bool = False
+    ) -> Solution:
+        run = Run(self, callback, progress)
+        if B.shape[1] == 0:
+            empty = np.zeros((0,))
+            return run.finish(B, B, empty, empty, empty, codes_for([]))
+        if _backend.is_tracing(B) or self.method.check_every is None:
+            return run.unwatched(B, x0)
+        columns = distinct(B, merge=x0 is None)
+        B_work = columns.take(B)
+        parts = []
+        width = max(1, self.method._width(max(1, B_work.shape[1]), self.shape[0], self.like))
+        with run.bar:
+            for first in range(0, B_work.shape[1], width):
+                cut = slice(first, min(first + width, B_work.shape[1]))
+                start = None if x0 is None else columns.take(x0)[:, cut]
+                parts.append(Block(run, B_work[:, cut], columns.work_norms[cut], start).solve())
+        return expand(run, B, columns, parts)
+
+    def radau_mu(self) -> float | None:
+        """A legal lower bound on the spectrum of M⁻¹(A + λI), for Gauss–Radau."""
+        if not self.operator.psd or not self.least > 0:
+            return None
+        if self.preconditioner is None:
+            return RADAU_MARGIN * self.least
+        floor = getattr(self.preconditioner, "relative_floor", None)
+        return None if floor is None else RADAU_MARGIN * floor
+
+
+class Run:
+    """What one call of `solve` spends and sees."""
+
+    def __init__(self, inverse: KrylovInverse, callback: Any, progress: bool) -> None:
+        self.inverse = inverse
+        self.method = inverse.method
+        self.products = Products(inverse.operator, inverse.shift)
+        same = inverse.outer is inverse.operator
+        self.outer = self.products if same else Products(inverse.outer, inverse.shift)
+        self.callback = callback
+        self.started = time.perf_counter()
+        n = inverse.shape[0]
+        self.maxiter = 10 * n if self.method.maxiter is None else self.method.maxiter
+        self.bar = progress_bar(progress, self.maxiter, type(self.method).__name__)
+        self.iterations = 0
+        self.history: list[Record] = []
+        self.curvature: Curvature | None = None
+
+    @property
+    def columns_spent(self) -> int:
+        """Products so far, of both operators."""
+        extra = 0 if self.outer is self.products else self.outer.columns
+        return self.products.columns + extra
+
+    def out_of_budget(self, next_columns: int) -> bool:
+        """Whether products or seconds would be exceeded by one more iteration."""
+        most, seconds = self.method.max_products, self.method.max_seconds
+        # The true residual at the end is part of the promise and of the budget.
+        if most is not None and self.columns_spent + 2 * next_columns > most:
+            return True
+        return seconds is not None and time.perf_counter() - self.started > seconds
+
+    def kernel(self, *, guarded: bool) -> Kernel:
+        inverse, M = self.inverse, self.inverse.preconditioner
+        return self.method._kernel(
+            product=self.products,
+            preconditioner=None if M is None else M._matmat,
+            mu=inverse.radau_mu(),
+            reduce=self.method.reduce,
+            guarded=guarded,
+        )
+
+    def norms(self, X: Array) -> Array:
+        return _linalg.column_norms(X, reduce=self.method.reduce)
+
+    def record(self, look: Look, scale: np.ndarray, b_norms: np.ndarray) -> None:
+        safe = np.where(b_norms > 0, b_norms, 1.0)
+        bounds = None
+        if self.inverse.radau_mu() is not None:
+            bounds = np.sqrt(np.maximum(look.squared_bounds, 0.0)) * scale
+        entry = Record(
+            self.iterations,
+            self.columns_spent,
+            time.perf_counter() - self.started,
+            look.residuals * scale / safe,
+            bounds,
+        )
+        self.history.append(entry)
+        if self.callback is not None:
+            self.callback(entry)
+
+    def unwatched(self, B: Array, x0: Array | None) -> Solution:
+        """Exactly `maxiter` iterations; no value is looked at before they are over."""
+        R = B if x0 is None else B - self.outer(x0)
+        b_norms, d = self.norms(B), self.norms(R)
+        xp = _backend.namespace(d)
+        safe = xp.where(d > 0, d, xp.ones_like(d))
+        inner = self.inverse.operator
+        R = _backend.cast(_linalg.scale_columns(R, 1 / safe), inner.like)
+        kernel = self.kernel(guarded=True)
+        state = kernel.start(R)
+        for _ in range(self.maxiter):
+            state = kernel.step(state)
+            self.iterations += 1
+        X = _linalg.scale_columns(_backend.cast(kernel.solution(state), B), d)
+        X = X if x0 is None else x0 + X
+        norms = self.norms(B - self.outer(X))
+        tolerance = xp.where(
+            b_norms * self.method.rtol > self.method.atol,
+            b_norms * self.method.rtol,
+            self.method.atol * xp.ones_like(d),
+        )
+        bounds = xp.full_like(norms, math.inf)
+        if _backend.is_tracing(B):
+            codes = _verdicts(xp, norms, b_norms, tolerance)
+        else:
+            norms, b_norms, tolerance, x_norms = column_look(
+                norms, b_norms, tolerance, self.norms(X)
+            )
+            check_finite_columns(b_norms)
+            codes = _verdicts(np, norms, b_norms, tolerance)
+            size = np.maximum(b_norms, x_norms * self.inverse.least)
+            floors = 4 * _backend.eps(B.dtype) * size
+            bounds = residual_error_bounds(self.inverse.outer, self.inverse.shift, norms, floors)
+        return self.finish(B, X, norms, b_norms, bounds, codes)
+
+    def finish(
+        self, B: Array, X: Array, norms: Any, b_norms: Any, bounds: Any, codes: Any
+    ) -> Solution:
+        solution = pack_solution(
+            B, X, codes=codes, norms=norms, b_norms=b_norms, bounds=bounds, started=self.started,
+            products=self.products, iterations=self.iterations, history=tuple(self.history),
+            curvature=self.curvature,
+        )
+        if self.outer is self.products:
+            return solution
+        return replace(
+            solution,
+            products=solution.products + self.outer.columns,
+            passes=solution.passes + self.outer.passes,
+        )
+
+
+def _verdicts(xp: Any, norms: Any, b_norms: Any, tolerance: Any) -> Any:
+    """Status codes of an unwatched run, by values alone."""
+    codes = xp.where(norms <= tolerance, Status.CONVERGED.code, Status.MAXITER.code)
+    codes = xp.where(xp.isfinite(norms), codes, Status.NONFINITE.code)
+    return xp.where(b_norms == 0, Status.ZERO.code, codes)

@@ -1,0 +1,129 @@
+"""Inverses that are one fixed linear map: factored, low-rank, diagonal, borrowed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from .. import _backend, _linalg
+from ..estimate.norm import operator_norm
+from ..operators import LinearOperator
+from ..operators.damping import as_shift
+from ..protocols import Array, Damping
+from ..solution import Solution, Status
+from ._inverse import (
+    PreparedInverse,
+    Products,
+    check_finite_columns,
+    codes_for,
+    column_look,
+    pack_solution,
+    residual_error_bounds,
+    true_residual,
+)
+
+
+class MapInverse(PreparedInverse):
+    """A fixed map `inverse_map` ≈ (A + λI)⁻¹; `@` applies it, `solve` also measures it.
+
+    An exact map is refined once with the residual it leaves and judged by the stopping rule of
+    its method; an approximate one is reported as APPROXIMATE, with its true residual.
+
+    Attributes:
+        relative_floor: μ with A + λI ⪰ μ·M for the preconditioner M that this map inverts, or
+            None; it makes the Gauss–Radau bound of preconditioned CG legal.
+    """
+
+    def __init__(
+        self,
+        method: Any,
+        A: Any,
+        damping: Damping,
+        inverse_map: LinearOperator,
+        *,
+        exact: bool,
+        products: int = 0,
+        definite: bool | None = None,
+        relative_floor: float | None = None,
+    ) -> None:
+        super().__init__(method, A, damping, products=products)
+        self.map = inverse_map
+        self.exact = exact
+        self.fixed_spd = (
+            getattr(inverse_map, "definite", inverse_map.psd) if definite is None else definite
+        )
+        self._psd = bool(self.fixed_spd)
+        self.relative_floor = relative_floor
+
+    def _matmat(self, X: Array, /) -> Array:
+        return self.map._matmat(X)
+
+    def _solve(
+        self, B: Array, *, x0: Array | None = None, callback: Any = None, progress: bool = False
+    ) -> Solution:
+        started = time.perf_counter()
+        products = Products(self.operator, self.shift)
+        X = self.map._matmat(B) if x0 is None else x0 + self.map._matmat(B - products(x0))
+        R, norms = true_residual(products, B, X)
+        if self.exact:
+            corrected = X + self.map._matmat(R)
+            _, new_norms = true_residual(products, B, corrected)
+            xp = _backend.namespace(norms)
+            better = new_norms < norms
+            X = _backend.namespace(X).where(
+                _backend.lift(xp.astype(better, norms.dtype), X)[None, :] > 0, corrected, X
+            )
+            norms = xp.where(better, new_norms, norms)
+        b_norms = _linalg.column_norms(B)
+        if _backend.is_tracing(B):
+            xp = _backend.namespace(norms)
+            codes = xp.full_like(norms, float(Status.APPROXIMATE.code))
+            bounds = xp.full_like(norms, float("inf"))
+            return self._packed(B, X, codes, norms, b_norms, bounds, started, products)
+        look = column_look(norms, b_norms, _linalg.column_norms(X))
+        host_norms, host_b, x_norms = look
+        check_finite_columns(host_b)
+        statuses = [self._status(r, b) for r, b in zip(host_norms, host_b, strict=True)]
+        # Rounding of the residual itself: it is of the size of b and of the products behind it.
+        size = np.maximum(host_b, self._size() * x_norms)
+        floors = 4 * _backend.eps(B.dtype) * size
+        bounds = residual_error_bounds(self.operator, self.shift, host_norms, floors)
+        return self._packed(B, X, codes_for(statuses), host_norms, host_b, bounds, started, products)
+
+    def _packed(
+        self, B: Array, X: Array, codes: Any, norms: Any, b_norms: Any, bounds: Any,
+        started: float, products: Products,
+    ) -> Solution:
+        return pack_solution(
+            B, X, codes=codes, norms=norms, b_norms=b_norms, bounds=bounds, started=started,
+            products=products, iterations=1,
+        )
+
+    def _status(self, norm: float, b_norm: float) -> Status:
+        if b_norm == 0:
+            return Status.ZERO
+        if not np.isfinite(norm):
+            return Status.NONFINITE
+        if not self.exact:
+            return Status.APPROXIMATE
+        tolerance = max(self.method.rtol * b_norm, self.method.atol)
+        return Status.CONVERGED if norm <= tolerance else Status.FLOOR
+
+    def with_damping(self, damping: Damping, /) -> PreparedInverse:
+        """The inverse at another λ; a sample-space Gram matrix is kept."""
+        rebuild = getattr(self.map, "with_shift", None)
+        if rebuild is None or isinstance(damping, Mapping):
+            return super().with_damping(damping)
+        shift = as_shift(damping, self.operator)
+        return MapInverse(self.method, self.operator, damping, rebuild(shift), exact=self.exact)
+
+    def _size(self) -> float:
+        """A lower bound on ‖A + λI‖, measured once."""
+        if not hasattr(self, "_norm"):
+            products = Products(self.operator, self.shift)
+            self._norm = operator_norm(products, self.operator.like, self.shape[0])
+            self.products += products.columns
+        return self._norm

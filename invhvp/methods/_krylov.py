@@ -1,0 +1,142 @@
+"""What the Krylov methods share: their options, and the kernel that the driver advances."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .. import _backend
+from ..operators import as_operator
+from ..protocols import Array, Damping, Reduce
+
+
+RADAU_MARGIN = 0.9  # μ = 0.9 λ: rounding moves the spectrum, and the bound stays legal
+
+
+class Look(NamedTuple):
+    """What the host sees of a running iteration, per column (unit right-hand sides)."""
+
+    residuals: np.ndarray
+    squared_bounds: np.ndarray
+    energies: np.ndarray
+    x_norms: np.ndarray
+    ok: np.ndarray
+    size: float
+    asymmetry: float
+
+    @classmethod
+    def nothing(cls, k: int) -> Look:
+        """Before the first iteration: no bound, no energy."""
+        zero = np.zeros(k)
+        return cls(np.ones(k), np.full(k, np.inf), zero, zero, zero == 0, 0.0, 0.0)
+
+    @classmethod
+    def read(cls, rows: list[Array], k: int) -> Look:
+        """Stack small per-column arrays, bring them over in one transfer."""
+        xp = _backend.namespace(rows[0])
+        host = np.asarray(_backend.to_host(xp.stack(rows)), dtype=np.float64)
+        first = host[:, 0] if k else np.zeros(len(rows))
+        return cls(host[0], host[1], host[2], host[3], host[4] > 0, first[5], first[6])
+
+
+@dataclass
+class Kernel:
+    """One Krylov iteration; `start`, `step`, `look`, `residual`, `solution`, `suspect`.
+
+    Args:
+        product: V → (A + λI)V, counted.
+        preconditioner: V → M⁻¹V or None.
+        mu: a legal lower bound on the spectrum of M⁻¹(A + λI), or None.
+        reduce: sum over processes.
+        guarded: freeze the state where an iteration fails, for iterations that nobody looks at.
+    """
+
+    product: Callable[[Array], Array]
+    preconditioner: Callable[[Array], Array] | None
+    mu: float | None
+    reduce: Reduce | None
+    guarded: bool
+
+    def start(self, R: Array) -> Any:
+        raise NotImplementedError
+
+    def step(self, s: Any) -> Any:
+        raise NotImplementedError
+
+    def look(self, s: Any) -> Look:
+        raise NotImplementedError
+
+    def residual(self, s: Any) -> Array:
+        raise NotImplementedError
+
+    def solution(self, s: Any) -> Array:
+        raise NotImplementedError
+
+    def suspect(self, s: Any, failed: np.ndarray) -> Array:
+        raise NotImplementedError
+
+    def _keep(self, ok: Array, new: Any, old: Any) -> Any:
+        """The new state, or where it failed and nobody looks, the old one."""
+        if not self.guarded:
+            return new
+        if _backend.is_numpy(ok):
+            return new if bool(ok) else old._replace(ok=ok)
+        kept = {}
+        for name in ("X", "W", "P", "S", "N", "gamma", "energy"):
+            after, before = getattr(new, name), getattr(old, name)
+            if _backend.is_array(after):
+                kept[name] = _backend.namespace(after).where(ok, after, before)
+        return new._replace(**kept)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KrylovMethod:
+    """Options shared by CG and BlockCG; see there."""
+
+    rtol: float = 1e-5
+    atol: float = 0.0
+    etol: float | None = None
+    maxiter: int | None = None
+    max_products: int | None = None
+    max_seconds: float | None = None
+    preconditioner: Any = None
+    check_every: int | None = 1
+    residual_operator: Any = None
+    max_restarts: int = 2
+    symmetry_tol: float | None = None
+    reduce: Reduce | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        for name in ("rtol", "atol", "etol", "symmetry_tol", "max_seconds"):
+            value = getattr(self, name)
+            if value is not None and not (value >= 0 and math.isfinite(value)):
+                msg = f"{name} must be finite and not negative, got {value}"
+                raise ValueError(msg)
+        for name in ("maxiter", "check_every", "max_products"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                msg = f"{name} must be at least 1, got {value}"
+                raise ValueError(msg)
+        if self.preconditioner is not None and not hasattr(self.preconditioner, "prepare"):
+            msg = (
+                "preconditioner takes a Method, such as Jacobi() or Surrogate(K); wrap an inverse "
+                f"that is prepared already in Fixed(inverse). Got "
+                f"{type(self.preconditioner).__name__}"
+            )
+            raise TypeError(msg)
+
+    def _kernel(self, **context: Any) -> Kernel:
+        raise NotImplementedError
+
+    def _width(self, k: int, n: int, like: Array) -> int:
+        raise NotImplementedError
+
+    def prepare(self, A: Any, /, damping: Damping) -> Any:
+        """An inverse that iterates at every product; nothing is precomputed but M."""
+        from ._driver import KrylovInverse  # the driver imports the kernels' base from here
+
+        return KrylovInverse(self, as_operator(A), damping)

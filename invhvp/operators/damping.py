@@ -1,0 +1,92 @@
+"""The damping λ: one number, or one per named block."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from .. import _backend
+from ..protocols import Array, Damping
+from .base import LinearOperator
+
+
+def as_shift(damping: Damping, A: LinearOperator) -> float | Array:
+    """λ as a float, a traced 0-d array, or an array (n,) for block-wise damping.
+
+    Raises TypeError for anything else and ValueError for negative or non-finite λ.
+    """
+    if isinstance(damping, Mapping):
+        if A.layout is None:
+            msg = (
+                f"damping by block needs an operator with a Layout; this {type(A).__name__} has "
+                "none: pass layout= when it is built, or one float"
+            )
+            raise ValueError(msg)
+        shifts = A.layout.shifts(damping)
+        _check_value(float(np.min(shifts)), float(np.max(shifts)))
+        return _backend.from_host(shifts, A.like)
+    if _backend.is_array(damping) and damping.ndim == 0:
+        if _backend.is_tracing(damping):
+            return damping
+        damping = float(_backend.to_host(damping))
+    if isinstance(damping, bool) or not isinstance(damping, int | float | np.number):
+        msg = (
+            "damping must be a float, a 0-d array or a mapping from block names to floats, got "
+            f"{type(damping).__name__}"
+        )
+        raise TypeError(msg)
+    value = float(damping)
+    _check_value(value, value)
+    return value
+
+
+def _check_value(smallest: float, largest: float) -> None:
+    if not (math.isfinite(smallest) and math.isfinite(largest)) or smallest < 0:
+        msg = f"damping must be finite and not negative, got {smallest if smallest < 0 else largest}"
+        raise ValueError(msg)
+
+
+def smallest(shift: float | Array) -> float:
+    """min λ on the host (one transfer for block-wise damping); 0 while tracing."""
+    if isinstance(shift, float):
+        return shift
+    if _backend.is_tracing(shift):
+        return 0.0
+    return float(np.min(_backend.to_host(shift)))
+
+
+def scalar(shift: float | Array, what: str) -> float | Array:
+    """The shift if it is one number; ValueError where block-wise damping has no meaning."""
+    if not isinstance(shift, float) and shift.ndim:
+        msg = f"{what} takes one damping value, not one per block"
+        raise ValueError(msg)
+    return shift
+
+
+def shifted(X: Array, shift: float | Array) -> Array:
+    """λ ∘ X for a block X (n, k)."""
+    if isinstance(shift, float) or shift.ndim == 0:
+        return shift * X
+    return shift[:, None] * X
+
+
+class Damped(LinearOperator):
+    """A + λI, or A + diag(λ) for block-wise damping. One product of A per product."""
+
+    def __init__(self, A: LinearOperator, damping: Damping) -> None:
+        super().__init__(A.shape[0], like=A.like, psd=A.psd, layout=A.layout)
+        self.operator = A
+        self.shift = as_shift(damping, A)
+
+    def _matmat(self, X: Array, /) -> Array:
+        return self.operator._matmat(X) + shifted(X, self.shift)
+
+    def _describe(self) -> str:
+        return f"{self.operator!r} + {_text(self.shift)}"
+
+
+def _text(shift: Any) -> str:
+    return f"{shift:g}" if isinstance(shift, float) else "λ by block"

@@ -1,0 +1,75 @@
+"""Identity and Diagonal."""
+
+from __future__ import annotations
+
+from .. import _backend
+from ..layout import Layout
+from ..protocols import Array, Damping
+from ..solution import SingularError
+from .algebra import checked_factor
+from .base import LinearOperator
+from .damping import as_shift
+
+
+class Diagonal(LinearOperator):
+    """diag(d) for entries `d` of shape (n,).
+
+    Cost: n flops and words per column, no storage beyond d.
+
+    Example:
+        >>> import numpy as np, invhvp as ih
+        >>> ih.Diagonal(np.array([1.0, 3.0])).inverse(1.0) @ np.ones(2)
+        array([0.5 , 0.25])
+    """
+
+    def __init__(self, d: Array, *, psd: bool | None = None, layout: Layout | None = None) -> None:
+        if d.ndim != 1:
+            msg = f"Diagonal takes the entries as an array of shape (n,), got {tuple(d.shape)}"
+            raise ValueError(msg)
+        if psd is None:
+            xp = _backend.namespace(d)
+            psd = not _backend.is_tracing(d) and bool(_backend.to_host(xp.all(d >= 0)))
+        super().__init__(d.shape[0], like=d, psd=psd, layout=layout)
+        self._d = d
+
+    def _matmat(self, X: Array, /) -> Array:
+        return self._d[:, None] * X
+
+    def diagonal(self) -> Array:
+        """The entries (n,)."""
+        return self._d
+
+    def inverse(self, damping: Damping, /) -> Diagonal:
+        """(diag(d) + λ)⁻¹, again diagonal. Raises SingularError where an entry vanishes."""
+        shift = as_shift(damping, self)
+        xp = _backend.namespace(self._d)
+        entries = self._d + shift
+        if not _backend.is_tracing(entries) and not bool(_backend.to_host(xp.all(entries != 0))):
+            msg = "diag(d) + λ has a zero entry; raise the damping"
+            raise SingularError(msg)
+        return Diagonal(1.0 / entries, layout=self.layout)
+
+    def __mul__(self, factor: float) -> Diagonal:
+        return Diagonal(checked_factor(factor) * self._d, layout=self.layout)
+
+    __rmul__ = __mul__
+
+    @property
+    def definite(self) -> bool:
+        """Whether all entries are known to be positive (zero entries never are inverses)."""
+        return self.psd
+
+
+class Identity(Diagonal):
+    """The identity on R^n, in the library, dtype and device of `like`.
+
+    Example:
+        >>> import numpy as np, invhvp as ih
+        >>> (2.0 * ih.Identity(3, like=np.ones(1))) @ np.ones(3)
+        array([2., 2., 2.])
+    """
+
+    def __init__(self, n: int, *, like: Array, layout: Layout | None = None) -> None:
+        xp = _backend.namespace(like)
+        ones = xp.ones((n,), dtype=like.dtype, device=_backend.device(like))
+        super().__init__(ones, psd=True, layout=layout)

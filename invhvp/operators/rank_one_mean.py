@@ -1,0 +1,169 @@
+"""(1/c) Σ g_i g_iᵀ: Fisher and Gauss-Newton matrices in terms of per-sample gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from .. import _backend, _linalg
+from ..gradients import GradientMatrix
+from ..protocols import Array, Damping
+from ..solution import SingularError
+from .algebra import checked_factor
+from .base import LinearOperator
+from .damping import as_shift, scalar, smallest
+from .dense import DenseInverse
+from .factor import SymmetricFactor
+
+
+class RankOneMean(LinearOperator):
+    """(1/c) Σ_i g_i g_iᵀ over the rows g_i of a gradient matrix (N × p); PSD by construction.
+
+    Args:
+        gradients: the rows.
+        count: c, by default N. Rows that share a sample (output columns of a Gauss-Newton
+            matrix) are counted once: pass the number of samples.
+
+    Cost: two products with the gradient matrix a column.
+
+    Example:
+        >>> import numpy as np, invhvp as ih
+        >>> A = ih.RankOneMean(ih.DenseGradients(np.eye(3)[:2]))
+        >>> A.inverse(0.5) @ np.ones(3)
+        array([1., 1., 2.])
+    """
+
+    def __init__(self, gradients: GradientMatrix, *, count: float | None = None) -> None:
+        N, p = gradients.shape
+        super().__init__(p, like=gradients.like, psd=True, layout=gradients.layout)
+        self._gradients = gradients
+        self.count = float(N if count is None else count)
+        if not (math.isfinite(self.count) and self.count > 0):
+            msg = f"count must be positive and finite, got {count}"
+            raise ValueError(msg)
+
+    @property
+    def gradients(self) -> GradientMatrix:
+        """The N × p matrix of rows g_i."""
+        return self._gradients
+
+    @property
+    def n_terms(self) -> int:
+        """Number of rank-one terms N."""
+        return self._gradients.shape[0]
+
+    def subset(self, indices: Array, /) -> RankOneMean:
+        """The mean over some of the terms, at the scale of the whole: N/|B| times their sum."""
+        rows = self._gradients[indices]
+        return RankOneMean(rows, count=self.count * rows.shape[0] / self.n_terms)
+
+    def _matmat(self, X: Array, /) -> Array:
+        G = self._gradients
+        return (G.T @ (G @ X)) / self.count
+
+    def diagonal(self) -> Array:
+        """The exact diagonal (n,)."""
+        return self._gradients.column_norms() ** 2 / self.count
+
+    def inverse(self, damping: Damping, /) -> LinearOperator:
+        """The exact inverse: N × N through the sample-space Gram matrix for N ≤ p, else p × p.
+
+        Raises SingularError for λ = 0 unless N ≥ p and the gradients span R^p.
+        Cost: one Gram matrix and one Cholesky factorisation of size min(N, p), in float64.
+        """
+        shift = as_shift(damping, self)
+        N, p = self._gradients.shape
+        if N > p:
+            return ParameterSpaceInverse(self, shift)
+        if not isinstance(shift, float) and shift.ndim:
+            return self._by_block(damping, shift)
+        return SampleSpaceInverse(self, scalar(shift, "the sample-space inverse"))
+
+    def _by_block(self, damping: Mapping[str, float], shift: Array) -> LinearOperator:
+        """λ by block: substitute g → Λ^(-1/2) g, which leaves a problem with λ = 1."""
+        if not smallest(shift) > 0:
+            msg = "the sample-space inverse needs λ > 0 in every block"
+            raise SingularError(msg)
+        roots = {name: 1.0 / math.sqrt(float(value)) for name, value in damping.items()}
+        inner = RankOneMean(self._gradients.rescaled(roots), count=self.count)
+        xp = _backend.namespace(shift)
+        return Congruence(SampleSpaceInverse(inner, 1.0), 1.0 / xp.sqrt(shift))
+
+    def __mul__(self, factor: float) -> LinearOperator:
+        factor = checked_factor(factor)
+        if factor > 0:
+            return RankOneMean(self._gradients, count=self.count / factor)
+        return super().__mul__(factor)
+
+    __rmul__ = __mul__
+
+    def _describe(self) -> str:
+        return f"{self._gradients!r}"
+
+
+class SampleSpaceInverse(LinearOperator):
+    """(GᵀG/c + λI)⁻¹b = (b − Gᵀ(GGᵀ + cλI)⁻¹G b)/λ.
+
+    Structured right-hand sides never leave sample space: `bilinear` needs Gram matrices alone.
+    """
+
+    definite = True
+
+    def __init__(self, A: RankOneMean, shift: float | Array, gram: Array | None = None) -> None:
+        if isinstance(shift, float) and not shift > 0:
+            msg = "the sample-space inverse needs damping > 0: A has rank at most N"
+            raise SingularError(msg)
+        super().__init__(A.shape[0], like=A.like, psd=True, layout=A.layout)
+        self.operator = A
+        self.shift = shift
+        self._gram = _backend.to_small(A.gradients.gram()) if gram is None else gram
+        eye = _linalg.identity_like(self._gram)
+        self._factor = SymmetricFactor(_linalg.symmetric(self._gram) + (A.count * shift) * eye)
+
+    def with_shift(self, shift: float) -> SampleSpaceInverse:
+        """The inverse at another λ; the Gram matrix is kept, the factorisation is not."""
+        return SampleSpaceInverse(self.operator, shift, self._gram)
+
+    def _matmat(self, X: Array, /) -> Array:
+        G = self.operator.gradients
+        weights = _backend.lift(self._factor.solve(_backend.to_small(G @ X)), X)
+        return (X - G.T @ weights) / self.shift
+
+    def bilinear(self, left: GradientMatrix, right: GradientMatrix) -> Array:
+        """left (A + λI)⁻¹ rightᵀ of shape (n_left, n_right), from Gram matrices alone."""
+        G = self.operator.gradients
+        inner = self._factor.solve(_backend.to_small(G.gram(right)))
+        correction = _backend.to_small(left.gram(G)) @ inner
+        direct = _backend.to_small(left.gram(right))
+        return _backend.lift((direct - correction) / self.shift, self.like)
+
+
+class ParameterSpaceInverse(DenseInverse):
+    """The p × p factorisation for N > p."""
+
+    def __init__(self, A: RankOneMean, shift: float | Array) -> None:
+        total = None
+        for rows in A.gradients.chunks():
+            dense = A.gradients[rows].to_dense()
+            part = _linalg.gram(dense)
+            total = part if total is None else total + part
+        assert total is not None
+        M = _linalg.symmetric(total) / A.count
+        eye = _linalg.identity_like(M)
+        by_block = not isinstance(shift, float) and shift.ndim
+        diagonal = _backend.to_small(shift)[:, None] if by_block else shift
+        super().__init__(M + diagonal * eye, A)
+
+
+class Congruence(LinearOperator):
+    """D K D for a positive diagonal D."""
+
+    definite = True
+
+    def __init__(self, K: LinearOperator, d: Array) -> None:
+        super().__init__(K.shape[0], like=K.like, psd=K.psd, layout=K.layout)
+        self._K = K
+        self._d = d[:, None]
+
+    def _matmat(self, X: Array, /) -> Array:
+        return self._d * self._K._matmat(self._d * X)

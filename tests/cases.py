@@ -1,0 +1,140 @@
+"""Tables of what is tested everywhere: one row each.
+
+An operator is a function of the backend that gives the operator and its matrix in float64; a
+method is a function that gives an instance whose tolerance float32 can reach.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from invhvp import methods, operators
+from invhvp.gradients import DenseGradients
+from invhvp.layout import Block, Layout
+from tests.backends import Backend
+
+N = 12
+LAYOUT = Layout.from_shapes({"weight": (2, 4), "bias": (4,)})
+# Blocks that interleave: what a Kronecker layer [W | b] does to the parameter vector.
+PERMUTED = Layout(
+    {
+        "weight": Block((2, 4), np.array([0, 1, 2, 3, 11, 10, 9, 8])),
+        "bias": Block((4,), np.array([7, 5, 6, 4])),
+    }
+)
+
+Case = tuple[operators.LinearOperator, np.ndarray]
+
+
+def matrix(*eigenvalues: float, seed: int = 0) -> np.ndarray:
+    """A symmetric matrix with these eigenvalues and random eigenvectors."""
+    rng = np.random.default_rng(seed)
+    Q, _ = np.linalg.qr(rng.standard_normal((len(eigenvalues), len(eigenvalues))))
+    M = (Q * np.asarray(eigenvalues)) @ Q.T
+    return (M + M.T) / 2
+
+
+def rows(n_samples: int, n: int = N, *, seed: int = 3) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((n_samples, n))
+
+
+def _rounded(backend: Backend, a: np.ndarray) -> np.ndarray:
+    """The values as the backend holds them: inputs are not what is tested."""
+    return np.asarray(a, dtype=backend.np_dtype).astype(np.float64)
+
+
+def _dense(backend: Backend, M: np.ndarray, **options: Any) -> Case:
+    return operators.Dense(backend.asarray(M), **options), _rounded(backend, M)
+
+
+def _callback(backend: Backend) -> Case:
+    M = matrix(*np.geomspace(1.0, 0.01, N))
+    placed = backend.asarray(M)
+    operator = operators.Callback(
+        lambda X: placed @ X, N, like=backend.asarray([]), psd=True, layout=LAYOUT
+    )
+    return operator, _rounded(backend, M)
+
+
+def _diagonal(backend: Backend) -> Case:
+    d = np.linspace(-1.0, 3.0, N)
+    return operators.Diagonal(backend.asarray(d), layout=LAYOUT), np.diag(_rounded(backend, d))
+
+
+def _identity(backend: Backend) -> Case:
+    return operators.Identity(N, like=backend.asarray([]), layout=LAYOUT), np.eye(N)
+
+
+def _block_diagonal(backend: Backend, layout: Layout = LAYOUT) -> Case:
+    weight, dense = _dense(backend, matrix(*np.geomspace(2.0, 0.02, 8)), psd=True)
+    d = np.array([0.5, 1.0, 0.0, 2.0])
+    bias = operators.Diagonal(backend.asarray(d))
+    M = np.zeros((N, N))
+    for name, block in (("weight", dense), ("bias", np.diag(_rounded(backend, d)))):
+        index = np.arange(N)[layout[name].indices]
+        M[np.ix_(index, index)] = block
+    return operators.BlockDiagonal({"weight": weight, "bias": bias}, layout), M
+
+
+def _low_rank(backend: Backend, *, orthonormal: bool = True) -> Case:
+    U = rows(N, 4, seed=5)
+    U = np.linalg.qr(U)[0] if orthonormal else U
+    s = np.array([3.0, 1.0, 0.5, 0.1])
+    U, s = _rounded(backend, U), _rounded(backend, s)
+    operator = operators.LowRank(backend.asarray(U), backend.asarray(s), layout=LAYOUT)
+    return operator, (U * s) @ U.T
+
+
+def _rank_one_mean(backend: Backend, n_samples: int, count: float | None = None) -> Case:
+    G = _rounded(backend, rows(n_samples))
+    gradients = DenseGradients(backend.asarray(G), layout=LAYOUT)
+    operator = operators.RankOneMean(gradients, count=count)
+    return operator, G.T @ G / (n_samples if count is None else count)
+
+
+def _sum(backend: Backend) -> Case:
+    (A, M), (D, d) = _rank_one_mean(backend, 5), _diagonal(backend)
+    return A + D, M + d
+
+
+def _scaled(backend: Backend) -> Case:
+    A, M = _callback(backend)
+    return 0.25 * A, 0.25 * M
+
+
+def _damped(backend: Backend) -> Case:
+    A, M = _low_rank(backend)
+    shift = {"weight": 0.5, "bias": 0.125}
+    return operators.Damped(A, shift), M + np.diag(LAYOUT.shifts(shift))
+
+
+OPERATORS: dict[str, Callable[[Backend], Case]] = {
+    "dense": lambda b: _dense(b, matrix(*np.geomspace(1.0, 0.01, N)), psd=True, layout=LAYOUT),
+    "dense-indefinite": lambda b: _dense(b, matrix(*np.linspace(-0.5, 2.0, N)), layout=LAYOUT),
+    "diagonal": _diagonal,
+    "identity": _identity,
+    "callback": _callback,
+    "block-diagonal": _block_diagonal,
+    "block-diagonal-permuted": lambda b: _block_diagonal(b, PERMUTED),
+    "low-rank": _low_rank,
+    "low-rank-oblique": lambda b: _low_rank(b, orthonormal=False),
+    "rank-one-mean-wide": lambda b: _rank_one_mean(b, 5),
+    "rank-one-mean-tall": lambda b: _rank_one_mean(b, 40),
+    "rank-one-mean-counted": lambda b: _rank_one_mean(b, 6, 2.0),
+    "sum": _sum,
+    "scaled": _scaled,
+    "damped": _damped,
+}
+
+METHODS: dict[str, Callable[[], Any]] = {
+    name: make
+    for name, make in {
+        "direct": lambda: methods.Direct(),
+        "sample-space": lambda: methods.SampleSpace(),
+        "cg": lambda: methods.CG(rtol=1e-5),
+        "block-cg": lambda: methods.BlockCG(rtol=1e-5),
+    }.items()
+}
