@@ -58,6 +58,11 @@ def eps(dtype: Any) -> float:
     ]
 
 
+def itemsize(dtype: Any) -> int:
+    """Bytes of one number of a real floating dtype."""
+    return {"float64": 8, "float32": 4}.get(dtype_name(dtype), 2)
+
+
 def tiny(dtype: Any) -> float:
     """Smallest positive number that is safe to divide by, for a real floating dtype."""
     return {"float64": 2.0**-1000, "float32": 2.0**-120}.get(dtype_name(dtype), 2.0**-13)

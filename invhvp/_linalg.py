@@ -74,7 +74,8 @@ def column_norms(X: Array, *, reduce: Reduce | None = None) -> Array:
         square = column_dot(X, X, reduce=reduce)
         return _backend.namespace(square).sqrt(square)
     largest = xp.max(xp.abs(X), axis=0) if X.shape[0] else xp.zeros_like(X[0, :])
-    scale = xp.where(largest > 0, largest, xp.ones_like(largest))
+    usable = (largest > 0) & (largest < math.inf)  # Inf stays Inf, without Inf/Inf on the way
+    scale = xp.where(usable, largest, xp.ones_like(largest))
     scaled = X / scale
     square = column_dot(scaled, scaled)
     return _backend.namespace(square).sqrt(square) * _backend.to_small(scale)
@@ -116,9 +117,7 @@ def unit_diagonal(G: Array) -> tuple[Array, Array, Array]:
     return scaled + identity_like(G) * xp.where(empty, one, 0.0 * one)[:, None], d, xp.all(good)
 
 
-def cholqr(
-    Y: Array, *, passes: int = 4, reduce: Reduce | None = None
-) -> tuple[Array, Array]:
+def cholqr(Y: Array, *, passes: int = 4, reduce: Reduce | None = None) -> tuple[Array, Array]:
     """Orthonormalise the columns of a block: Y = W T, by column-scaled iterated Cholesky QR.
 
     Returns W (n, b) in the dtype of Y and the small T (b, b). Linearly dependent columns are
@@ -132,8 +131,7 @@ def cholqr(
     """
     norms = column_norms(Y, reduce=reduce)
     xp = _backend.namespace(norms)
-    norms = xp.where(norms > 0, norms, xp.ones_like(norms))
-    W = scale_columns(Y, 1 / norms)
+    W = scale_columns(Y, 1 / xp.where(norms > 0, norms, xp.ones_like(norms)))
     b = Y.shape[1]
     unit = _backend.eps(_working(Y[:0, :]).dtype)
     T = identity_like(norms, b) * norms[None, :]
@@ -173,5 +171,3 @@ def _semidefinite_cholesky(G: Array, unit: float) -> Array:
     large = _backend.cholesky(G + (1000 * b * unit) * eye)
     shifted = xp.where(xp.all(xp.isfinite(small)), small, large)
     return xp.where(use_plain, plain, shifted)
-
-

@@ -33,7 +33,8 @@ class Block:
 class Layout(Mapping[str, Block]):
     """A partition of range(n) into named blocks, in the order in which they are given.
 
-    Raises ValueError where the blocks overlap or leave a parameter out.
+    Raises ValueError where the blocks overlap or leave a parameter out, TypeError for indices
+    that are not integers.
 
     Example:
         >>> layout = Layout.from_shapes({"weight": (2, 3), "bias": (2,)})
@@ -43,12 +44,10 @@ class Layout(Mapping[str, Block]):
 
     def __init__(self, blocks: Mapping[str, Block]) -> None:
         self._blocks = {name: _contiguous(block) for name, block in blocks.items()}
-        order = [np.arange(self.n)[block.indices] for block in self._blocks.values()]
+        order = [_positions(block) for block in self._blocks.values()]
         position = np.concatenate(order) if order else np.arange(0)
         if position.shape != (self.n,) or not np.array_equal(np.sort(position), np.arange(self.n)):
-            msg = (
-                f"the blocks {self.names} must cover each of the {self.n} parameters exactly once"
-            )
+            msg = f"the blocks {self.names} must cover each of the {self.n} parameters exactly once"
             raise ValueError(msg)
         in_order = np.array_equal(position, np.arange(self.n))
         self._gather = None if in_order else np.argsort(position)
@@ -96,6 +95,10 @@ class Layout(Mapping[str, Block]):
             msg = f"assemble needs every block of the layout; missing: {missing}"
             raise ValueError(msg)
         parts = [blocks[name] for name in self.names]
+        for (name, block), part in zip(self.items(), parts, strict=True):
+            if part.shape[0] != block.size:
+                msg = f"block {name!r} has {block.size} parameters, got {part.shape[0]} rows"
+                raise ValueError(msg)
         X = _backend.namespace(*parts).concat(parts, axis=0)
         return X if self._gather is None else _take_rows(X, self._gather)
 
@@ -115,8 +118,8 @@ class Layout(Mapping[str, Block]):
         return out
 
     def __repr__(self) -> str:
-        parts = ", ".join(f"{name} {'x'.join(map(str, b.shape))}" for name, b in self.items())
-        return f"Layout({parts})"
+        shapes = {name: "x".join(map(str, b.shape)) or "scalar" for name, b in self.items()}
+        return f"Layout({', '.join(f'{name} {shape}' for name, shape in shapes.items())})"
 
 
 def _contiguous(block: Block) -> Block:
@@ -128,12 +131,21 @@ def _contiguous(block: Block) -> Block:
             raise ValueError(msg)
         return block
     indices = np.asarray(block.indices).reshape(-1)
+    if indices.dtype.kind not in "iu" and indices.size:
+        msg = f"indices of a block must be integers, got {indices.dtype}"
+        raise TypeError(msg)
     if indices.shape != (block.size,):
         msg = f"a block of shape {block.shape} needs {block.size} indices, got {indices.size}"
         raise ValueError(msg)
     if indices.size and np.array_equal(indices, np.arange(indices[0], indices[0] + indices.size)):
         return Block(block.shape, slice(int(indices[0]), int(indices[0]) + indices.size))
     return Block(block.shape, indices)
+
+
+def _positions(block: Block) -> np.ndarray:
+    if isinstance(block.indices, slice):
+        return np.arange(block.indices.start, block.indices.stop)
+    return block.indices
 
 
 def _take_rows(X: Array, indices: np.ndarray) -> Array:

@@ -195,8 +195,9 @@ class Solution:
         for kind in dict.fromkeys(bad):
             columns = [j for j, s in enumerate(statuses) if s is kind]
             shown = ", ".join(map(str, columns[:5])) + (", ..." if len(columns) > 5 else "")
-            parts.append(f"{kind.name} in column{'s' if len(columns) > 1 else ''} {shown}: "
-                         f"{kind.value}")
+            parts.append(
+                f"{kind.name} in column{'s' if len(columns) > 1 else ''} {shown}: {kind.value}"
+            )
         worst = float(np.max(_backend.to_host(self.relative_residuals), initial=0.0))
         return f"{'; '.join(parts)}. Largest relative residual {worst:.2e}."
 

@@ -130,11 +130,17 @@ OPERATORS: dict[str, Callable[[Backend], Case]] = {
 }
 
 METHODS: dict[str, Callable[[], Any]] = {
-    name: make
-    for name, make in {
-        "direct": lambda: methods.Direct(),
-        "sample-space": lambda: methods.SampleSpace(),
-        "cg": lambda: methods.CG(rtol=1e-5),
-        "block-cg": lambda: methods.BlockCG(rtol=1e-5),
-    }.items()
+    "direct": methods.Direct,
+    "sample-space": methods.SampleSpace,
+    "cg": lambda: methods.CG(rtol=1e-5),
+    "cg-preconditioned": lambda: methods.CG(rtol=1e-5, preconditioner=methods.Direct()),
+    "block-cg": lambda: methods.BlockCG(rtol=1e-5),
+    "block-cg-narrow": lambda: methods.BlockCG(rtol=1e-5, block_width=2),
+    "block-cg-preconditioned": lambda: methods.BlockCG(rtol=1e-5, preconditioner=methods.Direct()),
+    "lissa": methods.LiSSA,
+    "arnoldi": methods.Arnoldi,
+    "nystroem-sketch": methods.NystroemSketch,
+    "nystroem-preconditioner": methods.NystroemPreconditioner,
+    "jacobi": methods.Jacobi,
+    "inverse-harmonic-mean": methods.InverseHarmonicMean,
 }

@@ -18,10 +18,11 @@ TUPLE_BATCH = 1024  # samples at once where the data come as one tuple of tensor
 
 
 class Cached:
-    """Batches kept on the device."""
+    """Batches kept on the device; `whole` is the one batch that they are views of, if any."""
 
-    def __init__(self, batches: list[Any]) -> None:
+    def __init__(self, batches: list[Any], whole: Any | None = None) -> None:
         self.batches = batches
+        self._whole = whole
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self.batches)
@@ -34,7 +35,9 @@ class Cached:
 
     def joined(self, sizes: list[int]) -> Any | None:
         """All samples as one batch, of which the batches become views; None where ragged."""
-        whole = samples.concatenate(self.batches)
+        if self._whole is not None:
+            return self._whole
+        self._whole = whole = samples.concatenate(self.batches)
         if whole is None:
             return None
         start, views = 0, []
@@ -55,7 +58,7 @@ class Streamed:
 
     def __iter__(self) -> Iterator[Any]:
         position = -1
-        for position, batch in enumerate(self._data):  # noqa: B007
+        for position, batch in enumerate(self._data):
             if position >= len(self._prints):
                 break
             if samples.fingerprint(batch) != self._prints[position]:
@@ -83,7 +86,7 @@ _REMEDY = (
 def read(
     data: Any, device: torch.device, *, cache: Cache = "auto", batch_size: int | None = None
 ) -> Cached | Streamed:
-    """Read all batches once; keep them where asked to, or where a quarter of free memory holds them.
+    """Read all batches once; keep them if asked to, or if a quarter of free memory holds them.
 
     Raises TypeError for what cannot be read twice, ValueError where there is no batch.
     """
@@ -91,6 +94,8 @@ def read(
         msg = f'cache= takes True, False or "auto", got {cache!r}'
         raise ValueError(msg)
     batches = as_batches(data, batch_size, reiterable=True)
+    if cache and _is_one_batch(data) and all(t.device == device for t in samples.tensors(data)):
+        return Cached(list(batches), whole=data)  # views: nothing to fit
     # A quarter: joining the batches holds them twice for a moment.
     budget = _backend.free_memory(torch.empty(0, device=device)) // 4
     fresh = isinstance(data, DataLoader | list | tuple | Mapping)
@@ -130,7 +135,9 @@ def as_batches(data: Any, batch_size: int | None, *, reiterable: bool) -> Iterab
     if isinstance(data, torch.Tensor):
         raise TypeError("data must be batches (x, y), got one tensor; pass the tuple (x, y)")
     if isinstance(data, Dataset) and not isinstance(data, torch.utils.data.IterableDataset):
-        msg = f"{type(data).__name__} gives single samples; wrap it: DataLoader(data, batch_size=256)"
+        msg = (
+            f"{type(data).__name__} gives single samples; wrap it: DataLoader(data, batch_size=256)"
+        )
         raise TypeError(msg)
     if not isinstance(data, Iterable):
         msg = f"data must be an iterable of batches, got {type(data).__name__}"
@@ -148,7 +155,8 @@ def as_batches(data: Any, batch_size: int | None, *, reiterable: bool) -> Iterab
 
 def check_order(data: Any) -> None:
     """Raise ValueError for a shuffling loader: row i of a result could be any sample."""
-    if isinstance(data, DataLoader) and isinstance(data.sampler, RandomSampler):
+    shuffles = isinstance(data, DataLoader) and isinstance(data.sampler, RandomSampler)
+    if shuffles:
         raise ValueError(
             "the loader shuffles, so that no row of the result could be told from another; "
             "use shuffle=False"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -46,6 +47,14 @@ def evaluation(model: torch.nn.Module, *, training: bool, device: torch.device) 
             with torch.no_grad():
                 for buffer, value in buffers:
                     buffer.copy_(value)
+
+
+@contextmanager
+def quiet_vmap() -> Iterator[None]:
+    """Keep to itself that torch loops over what it cannot batch: nobody could do better."""
+    with warnings.catch_warnings():  # inside `evaluation`: one thread at a time
+        warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
+        yield
 
 
 def seed(value: int, device: torch.device) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -80,6 +80,14 @@ class Parameters:
             for part, p in zip(parts, self.tensors, strict=True)
         ]
 
+    def __getstate__(self) -> dict[str, Any]:
+        self.check_unchanged()
+        return self.__dict__
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._state = _state(self._everything)  # copies live elsewhere
+
     def check_unchanged(self) -> None:
         """Raise RuntimeError where the model has been trained, loaded or moved meanwhile."""
         if _state(self._everything) != self._state:
@@ -126,7 +134,7 @@ def _state(parameters: Sequence[torch.Tensor]) -> list[tuple[int, int]]:
     return [(p.data_ptr(), p._version) for p in parameters]
 
 
-def _check_uniform(named: dict[str, torch.Tensor]) -> None:
+def _check_uniform(named: Mapping[str, torch.Tensor]) -> None:
     for what in ("dtype", "device"):
         kinds: dict[Any, str] = {}
         for name, parameter in named.items():

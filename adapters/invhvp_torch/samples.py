@@ -89,5 +89,5 @@ def fingerprint(batch: Any) -> int:
         value = zlib.crc32(repr((tuple(t.shape), t.dtype)).encode(), value)
         if t.numel() and t.layout == torch.strided:
             raw = t.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            value = zlib.crc32(raw.numpy(), value)
+            value = zlib.crc32(raw.numpy().data, value)
     return value

@@ -1,1 +1,11 @@
 """Estimates of norms, spectra and diagonals from operator products."""
+
+from ._diagonal import DiagonalEstimate as DiagonalEstimate
+from ._diagonal import TraceEstimate as TraceEstimate
+from ._diagonal import diagonal as diagonal
+from ._diagonal import trace as trace
+from .lanczos import Eigenpairs as Eigenpairs
+from .lanczos import eigenpairs as eigenpairs
+from .nystroem import Sketch as Sketch
+from .spectrum import Spectrum as Spectrum
+from .spectrum import spectrum as spectrum

@@ -121,7 +121,7 @@ class GradientMatrix:
             start = rows.stop
         return total
 
-    def _gram(self, other: GradientMatrix) -> Array | None:  # noqa: ARG002
+    def _gram(self, other: GradientMatrix) -> Array | None:
         """G otherᵀ where the structure of both allows it, else None."""
         return None
 

@@ -192,17 +192,18 @@ class OuterProductGradients(GradientMatrix):
     def _gram(self, other: GradientMatrix) -> Array | None:
         if not (isinstance(other, OuterProductGradients) and other.block_shape == self.block_shape):
             return None
+        most = _memory.budget(self._like) // _memory.itemsize(self._like)
+        if self._dense_gram_pays(other):
+            return self._by_blocks(other, max(most // (2 * self._i), 1), _formed_gram)
+        # Square blocks of pairs, so that both factors are products of large matrices.
+        side = math.isqrt(most // (3 * self._length * other._length))
+        return self._by_blocks(other, max(side, 1), _factored_gram)
+
+    def _dense_gram_pays(self, other: OuterProductGradients) -> bool:
         N, M, p = self._n_samples, other._n_samples, self._n_parameters
-        pairs = self._n_terms * other._n_terms
+        terms, pairs = self._n_terms + other._n_terms, self._n_terms * other._n_terms
         factored = _cost(2 * pairs * (self._o + self._i), 3 * pairs)
-        formed = _cost(2 * p * (self._n_terms + other._n_terms), 2 * (N + M) * p)
-        if factored <= formed + _cost(2 * N * M * p, N * M):
-            # Square blocks of pairs, so that both factors are products of large matrices.
-            most = _memory.budget(self._like) // (3 * _memory.itemsize(self._like))
-            side = math.isqrt(max(most // (self._length * other._length), 1))
-            return self._by_blocks(other, side, _factored_gram)
-        each = 2 * self._i * _memory.itemsize(self._like)
-        return self._by_blocks(other, max(_memory.budget(self._like) // each, 1), _formed_gram)
+        return _cost(2 * p * (terms + N * M), 2 * (N + M) * p + N * M) < factored
 
     def _by_blocks(
         self, other: OuterProductGradients, side: int, block: Callable[..., Array]

@@ -109,7 +109,5 @@ def _check(gradients: Any, inverse: Any, name: str) -> None:
         )
         raise TypeError(msg)
     if gradients.shape[1] != inverse.shape[0]:
-        msg = (
-            f"{name} has {gradients.shape[1]} columns, the inverse {inverse.shape[0]} parameters"
-        )
+        msg = f"{name} has {gradients.shape[1]} columns, the inverse {inverse.shape[0]} parameters"
         raise ValueError(msg)

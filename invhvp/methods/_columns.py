@@ -67,9 +67,7 @@ def _rows(M: Array) -> list[Array]:
     return [M[i, :] for i in range(M.shape[0])]
 
 
-def _copies(
-    unit: Array, cosines: np.ndarray, norms: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def _copies(unit: Array, cosines: np.ndarray, norms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """For each column the first one that it is a multiple of, and the sign."""
     k = len(norms)
     first, sign = np.arange(k), np.ones(k)
@@ -94,7 +92,7 @@ def expand(run: Any, B: Array, columns: Columns, blocks: list[Any]) -> Solution:
     if not blocks:  # every column is zero
         zeros = np.zeros(k)
         X = _backend.namespace(B).zeros_like(B)
-        return run.finish(B, X, zeros, zeros, zeros, codes_for([Status.ZERO] * k))
+        return run.finish(X, zeros, zeros, zeros, codes_for([Status.ZERO] * k))
     X = _backend.namespace(B).concat([block.X for block in blocks], axis=1)
     if not (np.array_equal(columns.source, np.arange(k)) and np.all(columns.factor == 1)):
         X = _linalg.scale_columns(take_columns(X, columns.source, always=True), columns.factor)
@@ -106,7 +104,7 @@ def expand(run: Any, B: Array, columns: Columns, blocks: list[Any]) -> Solution:
     statuses = [status for block in blocks for status in block.status]
     chosen = [statuses[s] if a else Status.ZERO for s, a in zip(source, alive, strict=True)]
     solution = run.finish(
-        B, X, norms, columns.norms, np.where(alive, bounds, 0.0), codes_for(chosen)
+        X, norms, columns.norms, np.where(alive, bounds, 0.0), codes_for(chosen)
     )
     return replace(solution, history=tuple(run.history))
 

@@ -29,21 +29,20 @@ from ._krylov import RADAU_MARGIN, Kernel, KrylovMethod, Look
 from ._progress import progress_bar
 
 
-
 class KrylovInverse(PreparedInverse):
     """(A + λI)⁻¹ by CG or BlockCG; every product iterates anew."""
 
     method: KrylovMethod
 
     def __init__(self, method: KrylovMethod, A: LinearOperator, damping: Damping) -> None:
-        super().__init__(method, A, damping)
+        accurate = method.residual_operator
+        self.outer = A if accurate is None else as_operator(accurate)
+        if self.outer.shape != A.shape:
+            msg = f"residual_operator has shape {self.outer.shape}, A has {A.shape}"
+            raise ValueError(msg)
+        # Right-hand sides and solutions have the precision of the residuals.
+        super().__init__(method, A, damping, like=self.outer.like)
         self.least = smallest(self.shift)
-        self.outer = A
-        if method.residual_operator is not None:
-            self.outer = as_operator(method.residual_operator)
-            if self.outer.shape != A.shape:
-                msg = f"residual_operator has shape {self.outer.shape}, A has {A.shape}"
-                raise ValueError(msg)
         if method.etol is not None and not (self.outer.psd and self.least > 0):
             msg = (
                 "etol needs an error bound: a positive semidefinite operator (psd=True) and "
@@ -62,21 +61,13 @@ class KrylovInverse(PreparedInverse):
             self.preconditioner = inner
             self.products = inner.products
 
-    @staticmethod
-    def _working_like(method: Any, A: LinearOperator) -> Array:
-        return A.like if method.residual_operator is None else (
-            as_operator(method.residual_operator).like
-        )
-
-    # ------------------------------------------------------------------------------ the solve
-
     def _solve(
         self, B: Array, *, x0: Array | None = None, callback: Any = None, progress: bool = False
     ) -> Solution:
         run = Run(self, callback, progress)
         if B.shape[1] == 0:
             empty = np.zeros((0,))
-            return run.finish(B, B, empty, empty, empty, codes_for([]))
+            return run.finish(B, empty, empty, empty, codes_for([]))
         if _backend.is_tracing(B) or self.method.check_every is None:
             return run.unwatched(B, x0)
         columns = distinct(B, merge=x0 is None)
@@ -194,14 +185,21 @@ class Run:
             size = np.maximum(b_norms, x_norms * self.inverse.least)
             floors = 4 * _backend.eps(B.dtype) * size
             bounds = residual_error_bounds(self.inverse.outer, self.inverse.shift, norms, floors)
-        return self.finish(B, X, norms, b_norms, bounds, codes)
+        return self.finish(X, norms, b_norms, bounds, codes)
 
     def finish(
-        self, B: Array, X: Array, norms: Any, b_norms: Any, bounds: Any, codes: Any
+        self, X: Array, norms: Any, b_norms: Any, bounds: Any, codes: Any
     ) -> Solution:
         solution = pack_solution(
-            B, X, codes=codes, norms=norms, b_norms=b_norms, bounds=bounds, started=self.started,
-            products=self.products, iterations=self.iterations, history=tuple(self.history),
+            X,
+            codes=codes,
+            norms=norms,
+            b_norms=b_norms,
+            bounds=bounds,
+            started=self.started,
+            products=self.products,
+            iterations=self.iterations,
+            history=tuple(self.history),
             curvature=self.curvature,
         )
         if self.outer is self.products:

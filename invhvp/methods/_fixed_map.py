@@ -82,7 +82,7 @@ class MapInverse(PreparedInverse):
             xp = _backend.namespace(norms)
             codes = xp.full_like(norms, float(Status.APPROXIMATE.code))
             bounds = xp.full_like(norms, float("inf"))
-            return self._packed(B, X, codes, norms, b_norms, bounds, started, products)
+            return self._packed(X, codes, norms, b_norms, bounds, started, products)
         look = column_look(norms, b_norms, _linalg.column_norms(X))
         host_norms, host_b, x_norms = look
         check_finite_columns(host_b)
@@ -91,15 +91,29 @@ class MapInverse(PreparedInverse):
         size = np.maximum(host_b, self._size() * x_norms)
         floors = 4 * _backend.eps(B.dtype) * size
         bounds = residual_error_bounds(self.operator, self.shift, host_norms, floors)
-        return self._packed(B, X, codes_for(statuses), host_norms, host_b, bounds, started, products)
+        return self._packed(
+            X, codes_for(statuses), host_norms, host_b, bounds, started, products
+        )
 
     def _packed(
-        self, B: Array, X: Array, codes: Any, norms: Any, b_norms: Any, bounds: Any,
-        started: float, products: Products,
+        self,
+        X: Array,
+        codes: Any,
+        norms: Any,
+        b_norms: Any,
+        bounds: Any,
+        started: float,
+        products: Products,
     ) -> Solution:
         return pack_solution(
-            B, X, codes=codes, norms=norms, b_norms=b_norms, bounds=bounds, started=started,
-            products=products, iterations=1,
+            X,
+            codes=codes,
+            norms=norms,
+            b_norms=b_norms,
+            bounds=bounds,
+            started=started,
+            products=products,
+            iterations=1,
         )
 
     def _status(self, norm: float, b_norm: float) -> Status:

@@ -29,24 +29,33 @@ class PreparedInverse(LinearOperator):
 
     fixed_spd = False
 
-    def __init__(self, method: Any, A: Any, damping: Damping, *, products: int = 0) -> None:
+    def __init__(
+        self,
+        method: Any,
+        A: Any,
+        damping: Damping,
+        *,
+        products: int = 0,
+        like: Array | None = None,
+    ) -> None:
         A = as_operator(A)
-        super().__init__(A.shape[0], like=self._working_like(method, A), layout=A.layout)
+        super().__init__(A.shape[0], like=A.like if like is None else like, layout=A.layout)
         self.method = method
         self.operator = A
         self.damping = damping
         self.shift = as_shift(damping, A)
         self.products = products
 
-    @staticmethod
-    def _working_like(method: Any, A: LinearOperator) -> Array:
-        return A.like
-
     def _solve(self, B: Array, **options: Any) -> Solution:
         raise NotImplementedError
 
     def solve(
-        self, B: Array | GradientMatrix, /, *, x0: Array | None = None, callback: Any = None,
+        self,
+        B: Array | GradientMatrix,
+        /,
+        *,
+        x0: Array | None = None,
+        callback: Any = None,
         progress: bool = False,
     ) -> Solution:
         """Solve (A + λI)X = B and say how well.
@@ -168,7 +177,6 @@ def residual_error_bounds(
 
 
 def pack_solution(
-    B: Array,
     X: Array,
     *,
     codes: Any,

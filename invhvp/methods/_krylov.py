@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
 from .. import _backend
 from ..operators import as_operator
 from ..protocols import Array, Damping, Reduce
-
 
 RADAU_MARGIN = 0.9  # μ = 0.9 λ: rounding moves the spectrum, and the bound stays legal
 
@@ -60,6 +59,7 @@ class Kernel:
     mu: float | None
     reduce: Reduce | None
     guarded: bool
+    needs_definite: ClassVar[bool] = True
 
     def start(self, R: Array) -> Any:
         raise NotImplementedError
@@ -91,6 +91,22 @@ class Kernel:
             if _backend.is_array(after):
                 kept[name] = _backend.namespace(after).where(ok, after, before)
         return new._replace(**kept)
+
+
+def freeze_columns(ok: Array, new: Any, old: Any) -> Any:
+    """The new state where a column is well, the old one where it failed: the others go on."""
+    if _backend.is_numpy(ok) and bool(np.all(ok)):
+        return new
+    xp = _backend.namespace(ok)
+    weights = xp.where(ok, xp.ones_like(new.size), xp.zeros_like(new.size))
+    kept = {}
+    for name, after in new._asdict().items():
+        if name == "ok" or not _backend.is_array(after) or after.ndim == 0:
+            continue
+        # Arrays of length n may live elsewhere than small ones.
+        flag = ok if after.ndim == 1 else (_backend.lift(weights, after) > 0)[None, :]
+        kept[name] = _backend.namespace(after).where(flag, after, getattr(old, name))
+    return new._replace(**kept)
 
 
 @dataclass(frozen=True, kw_only=True)

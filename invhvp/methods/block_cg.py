@@ -65,7 +65,7 @@ class BlockCG(KrylovMethod):
         if self.block_width is not None:
             return min(k, n, self.block_width)
         room = int(0.6 * _backend.free_memory(like))
-        fits = max(4, room // (7 * n * max(4, like.dtype.itemsize)))
+        fits = max(4, room // (7 * n * _backend.itemsize(like.dtype)))
         return min(k, n, 128, fits)
 
 
@@ -115,7 +115,7 @@ class _DubrulleR(Kernel):
         raw = _linalg.gram(P, Q, reduce=self.reduce)
         xp = _backend.namespace(raw)
         G = _linalg.symmetric(raw)
-        K, _, ok = _inverse_root(G, _backend.eps(P.dtype))
+        K, _, ok = inverse_root(G, _backend.eps(P.dtype))
         inverse = xp.matrix_transpose(K) @ K  # G⁻¹
         scaled = K @ s.S
         X = s.X + _linalg.combine(P, xp.matrix_transpose(K) @ scaled)
@@ -138,7 +138,7 @@ class _DubrulleR(Kernel):
             G=G,
             size=xp.maximum(s.size, self._block_norm(G, s)),
             asymmetry=self._asymmetry(raw, P, Q, s),
-            ok=ok,
+            ok=ok & (xp.max(xp.abs(G)) > 0),  # A + λI = 0 has no curvature to divide by
             first=(P, Q) if s.zeta is None else None,
         )
         return self._keep(ok, new, s)
@@ -153,7 +153,7 @@ class _DubrulleR(Kernel):
         W, Z, total = E, self.preconditioner(E), None
         for _ in range(2):  # the second pass repairs what rounding left of the first
             G = _linalg.symmetric(_linalg.gram(W, Z, reduce=self.reduce))
-            K, root, _ = _inverse_root(G, _backend.eps(E.dtype))
+            K, root, _ = inverse_root(G, _backend.eps(E.dtype))
             back = _backend.namespace(G).matrix_transpose(K)
             W, Z = _linalg.combine(W, back), _linalg.combine(Z, back)
             total = root if total is None else root @ total
@@ -165,10 +165,10 @@ class _DubrulleR(Kernel):
         eye = _linalg.identity_like(gamma)
         if self.mu is None:
             return gamma
-        K, _, ok = _inverse_root(_linalg.symmetric(gamma - inverse), None)
+        K, _, ok = inverse_root(_linalg.symmetric(gamma - inverse), None)
         half = K @ xp.matrix_transpose(zeta)
         M = self.mu * eye + xp.matrix_transpose(half) @ half
-        L, _, ok_m = _inverse_root(_linalg.symmetric(M), None)
+        L, _, ok_m = inverse_root(_linalg.symmetric(M), None)
         return xp.where(ok & ok_m, xp.matrix_transpose(L) @ L, eye / self.mu)
 
     def _block_norm(self, G: Array, s: _State) -> Array:
@@ -205,9 +205,7 @@ class _DubrulleR(Kernel):
         x_norms = _linalg.column_norms(s.X, reduce=self.reduce)
         ones = xp.ones_like(s.N)
         ok = xp.where(s.ok, ones, 0.0 * ones)
-        return Look.read(
-            [s.N, bound, s.energy, x_norms, ok, s.size * ones, s.asymmetry * ones], k
-        )
+        return Look.read([s.N, bound, s.energy, x_norms, ok, s.size * ones, s.asymmetry * ones], k)
 
     def residual(self, s: _State) -> Array:
         return _linalg.combine(s.W, s.S)
@@ -219,6 +217,7 @@ class _DubrulleR(Kernel):
         """The direction of least curvature in the span of P (n, 1); one product of the block."""
         G = _linalg.symmetric(_linalg.gram(s.P, self.product(s.P), reduce=self.reduce))
         d = _linalg.column_norms(s.P, reduce=self.reduce)
+        d = _backend.namespace(d).where(d > 0, d, 1.0 + 0.0 * d)
         _, V = _backend.eigh(G / (d[:, None] * d[None, :]))
         return _linalg.combine(s.P, V[:, :1] / d[:, None])
 
@@ -234,7 +233,7 @@ def _sizes(P: Array, Q: Array, reduce: Any) -> Array:
     return xp.max(p) * xp.max(q)
 
 
-def _inverse_root(G: Array, unit: float | None) -> tuple[Array, Array, Array]:
+def inverse_root(G: Array, unit: float | None) -> tuple[Array, Array, Array]:
     """K and R = K⁻ᵀ with G⁻¹ = KᵀK, G = RᵀR, and whether G is positive definite at all.
 
     G is scaled to unit diagonal first. With `unit`, a G that is indefinite only by rounding in

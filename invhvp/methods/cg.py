@@ -10,7 +10,7 @@ import numpy as np
 from .. import _backend, _linalg
 from ..protocols import Array
 from ._columns import take_columns
-from ._krylov import Kernel, KrylovMethod, Look
+from ._krylov import Kernel, KrylovMethod, Look, freeze_columns
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class CG(KrylovMethod):
 
     def _width(self, k: int, n: int, like: Array) -> int:
         room = int(0.6 * _backend.free_memory(like))
-        return min(k, max(4, room // (7 * n * max(4, like.dtype.itemsize))))
+        return min(k, max(4, room // (7 * n * _backend.itemsize(like.dtype))))
 
 
 class _State(NamedTuple):
@@ -117,25 +117,7 @@ class _ConjugateGradients(Kernel):
             first=None if s.started else (s.P, Q),
             started=True,
         )
-        return self._keep(ok, new, s)
-
-    def _keep(self, ok: Array, new: Any, old: Any) -> Any:
-        """Columns fail one by one: always freeze those, so that the others can go on."""
-        if _backend.is_numpy(ok) and bool(np.all(ok)):
-            return new
-        kept = {}
-        for name in ("X", "W", "P", "rho", "N", "gamma", "energy", "size"):
-            after, before = getattr(new, name), getattr(old, name)
-            flag = ok
-            if after.ndim == 2:
-                # n-sized arrays may live elsewhere than small ones.
-                xp = _backend.namespace(after)
-                small = _backend.namespace(ok).astype(ok, old.rho.dtype)
-                flag = (_backend.lift(small, after) > 0)[None, :]
-                kept[name] = xp.where(flag, after, before)
-            else:
-                kept[name] = _backend.namespace(after).where(flag, after, before)
-        return new._replace(**kept)
+        return freeze_columns(ok, new, s)
 
     def _length(self, X: Array) -> Array:
         return _linalg.column_norms(X, reduce=self.reduce)
@@ -157,9 +139,7 @@ class _ConjugateGradients(Kernel):
         P0, Q0 = s.first
         gap = self._dot(P0, Q) - self._dot(s.P, Q0)
         xp = _backend.namespace(gap)
-        scale = xp.maximum(
-            self._length(P0) * self._length(Q), self._length(s.P) * self._length(Q0)
-        )
+        scale = xp.maximum(self._length(P0) * self._length(Q), self._length(s.P) * self._length(Q0))
         return xp.max(xp.abs(gap) / xp.where(scale > 0, scale, xp.ones_like(scale)))
 
     def look(self, s: _State) -> Look:

@@ -24,9 +24,7 @@ class Sum(LinearOperator):
             msg = f"cannot add operators of shapes {A.shape} and {B.shape}"
             raise ValueError(msg)
         B.check_operand(_zeros(A), "the second summand")
-        super().__init__(
-            A.shape[0], like=A.like, psd=A.psd and B.psd, layout=A.layout or B.layout
-        )
+        super().__init__(A.shape[0], like=A.like, psd=A.psd and B.psd, layout=A.layout or B.layout)
         self.terms = (A, B)
 
     def _matmat(self, X: Array, /) -> Array:

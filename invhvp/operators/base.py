@@ -89,7 +89,7 @@ class LinearOperator:
 
     def check_operand(self, X: Any, what: str) -> None:
         """Raise TypeError or ValueError unless `X` can be multiplied with."""
-        _check_kind(X, self._like, what)
+        check_kind(X, self._like, what)
         if X.ndim not in (1, 2) or X.shape[0] != self._n:
             hint = ""
             if X.ndim == 2 and X.shape[1] == self._n:
@@ -141,7 +141,8 @@ class LinearOperator:
         return f"{type(self).__name__}({self._describe()}, {dtype}, {self.device})"
 
 
-def _check_kind(X: Any, like: Array, what: str) -> None:
+def check_kind(X: Any, like: Array, what: str) -> None:
+    """Raise TypeError unless `X` is an array of the library, dtype and device of `like`."""
     if not _backend.is_array(X):
         msg = (
             f"{what} takes arrays of {_backend.library_name(like)}, got {type(X).__name__}; "

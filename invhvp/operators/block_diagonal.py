@@ -27,9 +27,7 @@ class BlockDiagonal(LinearOperator):
         array([0.5 , 0.5 , 0.25])
     """
 
-    def __init__(
-        self, blocks: Mapping[str, LinearOperator], layout: Layout | None = None
-    ) -> None:
+    def __init__(self, blocks: Mapping[str, LinearOperator], layout: Layout | None = None) -> None:
         if not blocks:
             msg = "BlockDiagonal needs at least one block"
             raise ValueError(msg)
@@ -42,10 +40,15 @@ class BlockDiagonal(LinearOperator):
             raise ValueError(msg)
         first = blocks[layout.names[0]]
         for name, A in blocks.items():
-            if A.dtype != first.dtype or A.device != first.device:
+            library = _backend.library_name(A.like)
+            if (
+                library != _backend.library_name(first.like)  # first: dtypes of two do not compare
+                or A.dtype != first.dtype
+                or A.device != first.device
+            ):
                 msg = (
-                    f"all blocks must share dtype and device; block {name!r} has "
-                    f"{_backend.dtype_name(A.dtype)} on {A.device}"
+                    f"all blocks must share library, dtype and device; block {name!r} has "
+                    f"{library} {_backend.dtype_name(A.dtype)} on {A.device}"
                 )
                 raise TypeError(msg)
         psd = all(A.psd for A in blocks.values())

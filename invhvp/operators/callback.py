@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from .. import _backend
 from ..layout import Layout
 from ..protocols import Array
-from .base import LinearOperator
+from .base import LinearOperator, check_kind
 
 
 class Callback(LinearOperator):
@@ -19,7 +18,8 @@ class Callback(LinearOperator):
         like: any array of the library, dtype and device of the products.
         psd: pass True only if the matrix is positive semidefinite by construction.
 
-    Raises ValueError or TypeError at the first product that has another shape or dtype.
+    Raises ValueError at a product of another shape, TypeError at one of another library, dtype or
+    device.
 
     Example:
         >>> import numpy as np, invhvp as ih
@@ -41,15 +41,11 @@ class Callback(LinearOperator):
 
     def _matmat(self, X: Array, /) -> Array:
         Y = self._function(X)
-        if not _backend.is_array(Y) or tuple(Y.shape) != tuple(X.shape) or Y.dtype != X.dtype:
-            got = (
-                f"shape {tuple(Y.shape)}, dtype {_backend.dtype_name(Y.dtype)}"
-                if _backend.is_array(Y)
-                else type(Y).__name__
-            )
+        check_kind(Y, self._like, "Callback (whose matmat must return what it takes)")
+        if tuple(Y.shape) != tuple(X.shape):
             msg = (
-                f"matmat must return an array of shape {tuple(X.shape)} and dtype "
-                f"{_backend.dtype_name(X.dtype)} for such an argument, got {got}"
+                f"matmat must return an array of shape {tuple(X.shape)} for such an argument, "
+                f"got {tuple(Y.shape)}"
             )
-            raise (TypeError if not _backend.is_array(Y) else ValueError)(msg)
+            raise ValueError(msg)
         return Y

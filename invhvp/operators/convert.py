@@ -12,9 +12,7 @@ from .callback import Callback
 from .dense import Dense
 
 
-def as_operator(
-    A: Any, /, *, like: Array | None = None, psd: bool | None = None
-) -> LinearOperator:
+def as_operator(A: Any, /, *, like: Array | None = None, psd: bool | None = None) -> LinearOperator:
     """Turn a symmetric matrix or any object with `shape` and a product into an operator.
 
     Args:

@@ -45,12 +45,13 @@ def as_shift(damping: Damping, A: LinearOperator) -> float | Array:
 
 def _check_value(smallest: float, largest: float) -> None:
     if not (math.isfinite(smallest) and math.isfinite(largest)) or smallest < 0:
-        msg = f"damping must be finite and not negative, got {smallest if smallest < 0 else largest}"
+        shown = smallest if smallest < 0 else largest
+        msg = f"damping must be finite and not negative, got {shown}"
         raise ValueError(msg)
 
 
 def smallest(shift: float | Array) -> float:
-    """min λ on the host (one transfer for block-wise damping); 0 while tracing."""
+    """Smallest λ, on the host (one transfer for block-wise damping); 0 while tracing."""
     if isinstance(shift, float):
         return shift
     if _backend.is_tracing(shift):

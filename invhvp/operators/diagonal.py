@@ -44,8 +44,9 @@ class Diagonal(LinearOperator):
         shift = as_shift(damping, self)
         xp = _backend.namespace(self._d)
         entries = self._d + shift
-        if not _backend.is_tracing(entries) and not bool(_backend.to_host(xp.all(entries != 0))):
-            msg = "diag(d) + λ has a zero entry; raise the damping"
+        regular = xp.all((entries != 0) & xp.isfinite(entries))
+        if not _backend.is_tracing(entries) and not bool(_backend.to_host(regular)):
+            msg = "diag(d) + λ has an entry that is zero, NaN or Inf; raise the damping"
             raise SingularError(msg)
         return Diagonal(1.0 / entries, layout=self.layout)
 

@@ -98,7 +98,8 @@ class LowRankInverse(LinearOperator):
         if not _backend.is_tracing(s) and isinstance(shift, float):
             values = _backend.to_host(s) + shift
             scale = np.max(np.abs(values), initial=shift)
-            if np.any(np.abs(values) <= 1e-15 * scale) or (shift == 0 and A.rank < A.shape[0]):
+            regular = np.all(np.abs(values) > 1e-15 * scale)  # false for NaN and Inf too
+            if not regular or (shift == 0 and A.rank < A.shape[0]):
                 msg = f"U diag(s) Uᵀ + λ is singular at λ = {shift:g}; raise the damping"
                 raise SingularError(msg)
             self.definite = bool(np.all(values > 0))
@@ -113,21 +114,33 @@ class LowRankInverse(LinearOperator):
 
 
 class WoodburyInverse(LinearOperator):
-    """(D + U S Uᵀ)⁻¹ for a positive diagonal D: λ by block."""
+    """(D + U S Uᵀ)⁻¹ = D⁻¹ − F diag(k/(1 + k)) Fᵀ for a positive diagonal D: λ by block.
+
+    With UᵀD⁻¹U = LLᵀ and LᵀSL = V diag(k) Vᵀ, F is D⁻¹U L⁻ᵀV: symmetric for every sign of S, and
+    D + U S Uᵀ has the signs of 1 + k.
+    """
 
     def __init__(self, A: LowRank, d: Array) -> None:
-        super().__init__(A.shape[0], like=A.like, psd=A.psd, layout=A.layout)
+        DU = A.vectors / d[:, None]
+        L = _backend.cholesky(_linalg.symmetric(_linalg.gram(A.vectors, DU)))
+        xp = _backend.namespace(L)
+        k, V = _backend.eigh(xp.matrix_transpose(L) @ (A._s[:, None] * L))
         self.definite = A.psd
+        if not _backend.is_tracing(k):
+            pivots = 1.0 + _backend.to_host(k)
+            size = np.max(np.abs(pivots), initial=1.0)
+            if not np.all(np.abs(pivots) > A.rank * _backend.eps(k.dtype) * size):
+                msg = "U diag(s) Uᵀ + λ is singular to working precision; raise the damping"
+                raise SingularError(msg)
+            self.definite = bool(np.all(pivots > 0))
+        super().__init__(A.shape[0], like=A.like, psd=self.definite, layout=A.layout)
         self._d = d[:, None]
-        self._DU = A.vectors / self._d
-        self._s = A._s
-        core = A._s[:, None] * _linalg.gram(A.vectors, self._DU)
-        self._core = core + _linalg.identity_like(core)
+        self._F = _linalg.combine(DU, _backend.solve_lower(L, V, transpose=True))
+        self._middle = (k / (1.0 + k))[:, None]
 
     def _matmat(self, X: Array, /) -> Array:
-        xp = _backend.namespace(self._core)
-        inner = xp.linalg.solve(self._core, self._s[:, None] * _linalg.gram(self._DU, X))
-        return X / self._d - _linalg.combine(self._DU, inner)
+        inner = self._middle * _linalg.gram(self._F, X)
+        return X / self._d - _linalg.combine(self._F, inner)
 
 
 def _orthonormal(U: Array, s: Array) -> tuple[Array, Array]:

@@ -73,7 +73,7 @@ class RankOneMean(LinearOperator):
         """
         shift = as_shift(damping, self)
         N, p = self._gradients.shape
-        if N > p:
+        if p < N:
             return ParameterSpaceInverse(self, shift)
         if not isinstance(shift, float) and shift.ndim:
             return self._by_block(damping, shift)
@@ -130,7 +130,7 @@ class SampleSpaceInverse(LinearOperator):
         return (X - G.T @ weights) / self.shift
 
     def bilinear(self, left: GradientMatrix, right: GradientMatrix) -> Array:
-        """left (A + λI)⁻¹ rightᵀ of shape (n_left, n_right), from Gram matrices alone."""
+        """All left (A + λI)⁻¹ rightᵀ, shape (n_left, n_right), from Gram matrices alone."""
         G = self.operator.gradients
         inner = self._factor.solve(_backend.to_small(G.gram(right)))
         correction = _backend.to_small(left.gram(G)) @ inner

@@ -55,9 +55,7 @@ def poisson_2d(m: int = 32, *, rhs: np.ndarray | None = None, like: Array | None
         constants |= {"cg_1e-8": 59, "cg_1e-10": 66, "cg_1e-5_float32": 46}
     return Problem(
         name=f"Poisson on a {m} x {m} grid",
-        operator=Callback(
-            lambda V: _five_point(V, m), m * m, like=reference(like), psd=True
-        ),
+        operator=Callback(lambda V: _five_point(V, m), m * m, like=reference(like), psd=True),
         rhs=place(B, like),
         damping=0.0,
         solution=place(X.reshape(B.shape), like),

@@ -26,9 +26,7 @@ def spectrum_geometric(n: int, *, smallest: float = 1e-6, largest: float = 1.0) 
     return np.geomspace(largest, smallest, n)
 
 
-def spectrum_step(
-    n: int, *, rank: int, largest: float = 1.0, floor: float = 0.0
-) -> np.ndarray:
+def spectrum_step(n: int, *, rank: int, largest: float = 1.0, floor: float = 0.0) -> np.ndarray:
     """`rank` equal eigenvalues above a flat floor: a sketch of that rank is exact."""
     return np.where(np.arange(n) < rank, largest, floor)
 

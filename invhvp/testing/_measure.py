@@ -39,9 +39,7 @@ def require(condition: Any, what: str, cause: str) -> None:
         fail(what, cause)
 
 
-def close(
-    got: np.ndarray, expected: np.ndarray, allowed: float, what: str, cause: str
-) -> None:
+def close(got: np.ndarray, expected: np.ndarray, allowed: float, what: str, cause: str) -> None:
     """Fail unless ‖got - expected‖_F ≤ allowed; NaN is not close to anything."""
     require(
         got.shape == expected.shape, f"{what}: shape {got.shape}, expected {expected.shape}", cause
@@ -66,7 +64,8 @@ def like(x: Any, model: Array, shape: tuple[int, ...], what: str) -> None:
     mine, theirs = _backend.library_name(x), _backend.library_name(model)
     require(mine == theirs, f"{what} is a {mine} array, expected {theirs}", "Library in = out.")
     require(
-        tuple(x.shape) == shape, f"{what} has shape {tuple(x.shape)}, expected {shape}",
+        tuple(x.shape) == shape,
+        f"{what} has shape {tuple(x.shape)}, expected {shape}",
         "Vectors are columns: (n,) or (n, k) in, the same out.",
     )
     require(

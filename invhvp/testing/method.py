@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +15,7 @@ from ..problems import Problem, rank_deficient_gauss_newton
 from ..protocols import Array
 from ..solution import ConvergenceError, ConvergenceWarning, Solution, Status
 from ._measure import attempt, close, host, like, norm, raises, require, roundoff, same_bits
+from ._solution import check_fields, check_honesty, statuses
 
 _REFUSALS = (ValueError, TypeError, ConvergenceError)  # IndefiniteError, SingularError are values
 
@@ -83,7 +83,7 @@ class _Case:
             warnings.simplefilter("always")
             solution = (self.inverse if inverse is None else inverse).solve(B, **options)
         count = sum(issubclass(w.category, ConvergenceWarning) for w in caught)
-        expected = int(not all(status.ok for status in _statuses(solution)))
+        expected = int(not all(status.ok for status in statuses(solution)))
         require(
             count == expected,
             f"solve warned {count} times with status {_names(solution)}, expected {expected}",
@@ -106,103 +106,68 @@ class _Case:
         require(inverse.device == A.device, f"the inverse is on {inverse.device}", "As A.")
         require(isinstance(inverse.fixed_spd, bool), "fixed_spd is not a bool", "True or False.")
         require(inverse.products >= 0, f"products is {inverse.products}", "It is a count.")
-        require(inverse.damping == self.problem.damping, f"damping is {inverse.damping}", "As given")
+        require(inverse.damping == self.problem.damping, f"damping is {inverse.damping}", "λ!")
 
     def check_columns(self) -> None:
         before = host(self.B)
         solution = self.solve(self.B)
         close(host(self.B), before, 0.0, "solve changed its right-hand side", "Look for +=.")
-        self.check_fields(solution, self.B)
-        self.check_honesty(solution, self.B)
-        same_bits(self.solve(self.B).x, solution.x, "a second solve differs from the first",
-                  "State kept between solves, or a random stream that goes on.")
+        self.check_solution(solution, self.B)
+        same_bits(
+            self.solve(self.B).x,
+            solution.x,
+            "a second solve differs from the first",
+            "State kept between solves, or a random stream that goes on.",
+        )
         fresh = self.prepare(self.problem.damping)
-        same_bits(self.solve(self.B, fresh).x, solution.x, "a second prepare gives another answer",
-                  "The same rng must give the same bits.")
-        self.check_honesty(self.solve(self.B, x0=self.B), self.B)
+        same_bits(
+            self.solve(self.B, fresh).x,
+            solution.x,
+            "a second prepare gives another answer",
+            "The same rng must give the same bits.",
+        )
+        self.check_solution(self.solve(self.B, x0=self.B), self.B)
         close(host(self.B), before, 0.0, "solve changed x0", "Look for +=.")
 
-    def check_fields(self, solution: Solution, B: Array) -> None:
-        columns = tuple(B.shape[1:])
-        like(solution.x, B, tuple(B.shape), "Solution.x")
-        for name in ("residual_norms", "relative_residuals", "error_bounds"):
-            like(getattr(solution, name), B, columns, f"Solution.{name}")
-            require(not np.any(np.isnan(host(getattr(solution, name)))), f"{name} has NaN", "inf "
-                    "says that nothing is known.")
-        codes = solution.status_codes
-        require(_backend.dtype_name(codes.dtype) == "int8", f"status_codes: {codes.dtype}", "int8.")
-        require(tuple(codes.shape) == columns, f"status_codes: {tuple(codes.shape)}", "Per column.")
-        require(solution.error_norm in ("A", "2"), f"error_norm {solution.error_norm!r}", "A or 2.")
-        for name in ("iterations", "products", "passes"):
-            value = getattr(solution, name)
-            require(isinstance(value, int) and value >= 0, f"{name} is {value!r}", "A count.")
-        require(solution.seconds >= 0, f"seconds is {solution.seconds}", "Wall time.")
-        attempt(lambda: json.dumps(solution.to_dict()), "json.dumps(solution.to_dict())")
-
-    def check_honesty(
-        self, solution: Solution, B: Array, damping: float | None = None, matrix: Any = None
+    def check_solution(
+        self, solution: Solution, B: Array, damping: Any = None, matrix: Any = None
     ) -> None:
-        """Compare what the solution says of itself with float64."""
-        M = (self.matrix if matrix is None else matrix) + np.eye(self.n) * (
-            self.problem.damping if damping is None else damping
-        )
-        b, x = _columns(host(B)), _columns(host(solution.x))
-        reported, bounds = (
-            np.atleast_1d(host(values)) for values in (solution.residual_norms,
-                                                      solution.error_bounds)
-        )
-        b_norms = np.linalg.norm(b, axis=0)
-        true = np.linalg.norm(b - M @ x, axis=0)
-        rounding = self.unit * (np.linalg.norm(M, 2) * np.linalg.norm(x, axis=0) + b_norms)
-        relative = np.atleast_1d(host(solution.relative_residuals)) * b_norms
-        exact = np.linalg.solve(M, b)
-        tolerance = np.maximum(
-            getattr(self.method, "rtol", np.inf) * b_norms, getattr(self.method, "atol", 0.0)
-        )
-        for j, status in enumerate(_statuses(solution)):
-            if status.meaningless:
-                continue
-            misfit, allowed = abs(reported[j] - true[j]), rounding[j]
-            require(misfit <= allowed, f"column {j} reports the residual {reported[j]:.3e}, true "
-                    f"is {true[j]:.3e} (allowed difference {allowed:.1e})",
-                    "Report the recomputed residual, not that of a recurrence.")
-            require(abs(relative[j] - reported[j]) <= self.unit * reported[j],
-                    f"relative_residuals[{j}] is not residual_norms[{j}]/‖b‖", "Per column.")
-            if status is Status.CONVERGED:
-                require(true[j] <= tolerance[j] + rounding[j], f"column {j} is CONVERGED with the "
-                        f"residual {true[j]:.3e} (allowed {tolerance[j] + rounding[j]:.3e})",
-                        "Only ‖r‖ ≤ max(rtol‖b‖, atol) is CONVERGED, per column.")
-            error = x[:, j] - exact[:, j]
-            size = norm(error) if solution.error_norm == "2" else _energy(M, error)
-            require(size <= bounds[j] * (1 + 1e-3), f"column {j} has the error {size:.3e} in the "
-                    f"norm {solution.error_norm!r}, bounded by {bounds[j]:.3e}",
-                    "A bound must hold; where none is known it is inf.")
+        """Every field, and what the solution says of itself, against float64."""
+        shift = self.problem.damping if damping is None else damping
+        M = (self.matrix if matrix is None else matrix) + shift * np.eye(self.n)
+        check_fields(solution, B)
+        check_honesty(solution, B, M, self.method, self.unit)
 
     def check_one_vector(self) -> None:
         one, block = self.solve(self.B[:, 0]), self.solve(self.B[:, :1])
-        self.check_fields(one, self.B[:, 0])
-        self.check_honesty(one, self.B[:, 0])
-        same_bits(one.x, block.x[:, 0], "b of shape (n,) and (n, 1) give different answers",
-                  "One code path for both.")
+        self.check_solution(one, self.B[:, 0])
+        same_bits(
+            one.x,
+            block.x[:, 0],
+            "b of shape (n,) and (n, 1) give different answers",
+            "One code path for both.",
+        )
 
     def check_unusual_columns(self) -> None:
         xp = _backend.namespace(self.B)
         B = xp.concat([self.B[:, :1], xp.zeros_like(self.B[:, :1]), self.B[:, :1]], axis=1)
         solution = self.solve(B)
-        self.check_honesty(solution, B)
-        second = _statuses(solution)[1]
+        self.check_solution(solution, B)
+        second = statuses(solution)[1]
         require(second is Status.ZERO, f"b = 0 has status {second.name}", "It is ZERO.")
         zero = host(solution.x)[:, 1]
         close(zero, np.zeros_like(zero), 0.0, "b = 0 has a solution that is not 0", "Mask it.")
-        usual = _statuses(solution)[0]
+        usual = statuses(solution)[0]
         for exponent in (-60, 60):
             scaled = B[:, :1] * 2.0**exponent
             answer = self.solve(scaled)
-            self.check_honesty(answer, scaled)
-            status = _statuses(answer)[0]
-            require(status is usual or getattr(self.method, "atol", 0.0),
-                    f"b scaled by 2^{exponent} has status {status.name}, was {usual.name}",
-                    "Tolerances are relative to ‖b‖; look for an absolute constant.")
+            self.check_solution(answer, scaled)
+            status = statuses(answer)[0]
+            require(
+                status is usual or getattr(self.method, "atol", 0.0),
+                f"b scaled by 2^{exponent} has status {status.name}, was {usual.name}",
+                "Tolerances are relative to ‖b‖; look for an absolute constant.",
+            )
 
     def check_fixed_map(self) -> None:
         B, inverse = self.B, self.inverse
@@ -217,22 +182,39 @@ class _Case:
             return
         condition = np.linalg.cond(self.matrix + self.problem.damping * np.eye(self.n))
         allowed = self.unit * condition * 5 * norm(host(X))
-        close(host(combined), 2 * host(X) - 3 * host(X)[:, :1], allowed,
-              "fixed_spd is True and inverse @ is not linear", "Declare fixed_spd=False.")
+        close(
+            host(combined),
+            2 * host(X) - 3 * host(X)[:, :1],
+            allowed,
+            "fixed_spd is True and inverse @ is not linear",
+            "Declare fixed_spd=False.",
+        )
         inner = host(B).T @ host(X)
-        close(inner, inner.T, self.unit * condition * norm(host(B)) * norm(host(X)),
-              "fixed_spd is True and the inverse is not symmetric", "Declare fixed_spd=False.")
-        require(np.linalg.eigvalsh(inner + inner.T)[0] > 0,
-                "fixed_spd is True and xᵀ(inverse @ x) ≤ 0", "Declare fixed_spd=False.")
+        close(
+            inner,
+            inner.T,
+            self.unit * condition * norm(host(B)) * norm(host(X)),
+            "fixed_spd is True and the inverse is not symmetric",
+            "Declare fixed_spd=False.",
+        )
+        require(
+            np.linalg.eigvalsh(inner + inner.T)[0] > 0,
+            "fixed_spd is True and xᵀ(inverse @ x) ≤ 0",
+            "Declare fixed_spd=False.",
+        )
 
     def check_damping(self) -> None:
         other = 3.0 * self.problem.damping + 0.5
         before = self.solve(self.B).x
         moved = attempt(lambda: self.inverse.with_damping(other), "inverse.with_damping")
         require(moved.damping == other, f"with_damping({other}).damping is {moved.damping}", "λ!")
-        self.check_honesty(self.solve(self.B, moved), self.B, other)
-        same_bits(self.solve(self.B).x, before, "with_damping changed the inverse it came from",
-                  "It returns a new one.")
+        self.check_solution(self.solve(self.B, moved), self.B, other)
+        same_bits(
+            self.solve(self.B).x,
+            before,
+            "with_damping changed the inverse it came from",
+            "It returns a new one.",
+        )
         raises(ValueError, lambda: self.inverse.with_damping(-1.0), "with_damping(-1.0)")
 
     def check_counts(self) -> None:
@@ -243,8 +225,12 @@ class _Case:
             return
         solution = self.solve(self.B, inverse)
         claimed = inverse.products + solution.products
-        require(claimed == counted.columns, f"inverse.products + solution.products is {claimed}, "
-                f"the operator multiplied {counted.columns} columns", "Count every product.")
+        require(
+            claimed == counted.columns,
+            f"inverse.products + solution.products is {claimed}, "
+            f"the operator multiplied {counted.columns} columns",
+            "Count every product.",
+        )
 
     def check_door(self) -> None:
         xp, B, solve = _backend.namespace(self.B), self.B, self.inverse.solve
@@ -257,7 +243,8 @@ class _Case:
         for value in ("nan", "inf"):
             first = xp.full_like(B[:1, :], float(value))
             spoilt = xp.concat([first, B[1:, :]], axis=0)
-            raises(ValueError, lambda b=spoilt: solve(b), f"a right-hand side with {value}")
+            with np.errstate(all="ignore"):
+                raises(ValueError, lambda b=spoilt: solve(b), f"a right-hand side with {value}")
 
     def check_unsolvable(self) -> None:
         """NaN, asymmetric, indefinite: refuse, raise, or say so; never CONVERGED untruly."""
@@ -275,14 +262,16 @@ class _Case:
             inverse = self.unless_refused(
                 lambda A=operator: self.prepare(self.problem.damping, A), what
             )
-            solution = inverse and self.unless_refused(lambda K=inverse: self.solve(self.B, K), what)
+            if inverse is None:
+                continue
+            solution = self.unless_refused(lambda K=inverse: self.solve(self.B, K), what)
             if solution is None:
                 continue
             if what.startswith("a NaN"):
-                ok = [status.name for status in _statuses(solution) if status.ok]
+                ok = [status.name for status in statuses(solution) if status.ok]
                 require(not ok, f"{what} gives {ok}", "Compare `not (r <= tol)`: NaN fails it.")
             else:
-                self.check_honesty(solution, self.B, matrix=host(placed))
+                self.check_solution(solution, self.B, matrix=host(placed))
 
     def unless_refused(self, action: Callable[[], Any], what: str = "a Callback") -> Any:
         """The result, or None where the input is refused with one of the library's errors."""
@@ -307,18 +296,5 @@ class _Counted:
         return self.A @ X
 
 
-def _statuses(solution: Solution) -> tuple[Status, ...]:
-    status = solution.status
-    return status if isinstance(status, tuple) else (status,)
-
-
 def _names(solution: Solution) -> str:
-    return ", ".join(status.name for status in _statuses(solution))
-
-
-def _columns(x: np.ndarray) -> np.ndarray:
-    return x[:, None] if x.ndim == 1 else x
-
-
-def _energy(M: np.ndarray, e: np.ndarray) -> float:
-    return float(np.sqrt(max(e @ M @ e, 0.0)))
+    return ", ".join(status.name for status in statuses(solution))

@@ -56,12 +56,12 @@ def check_operator(
     size = max(float(np.max(np.abs(ritz))), norm(host(Y)) / norm(host(X)))
     _check_psd(A, psd, ritz, size)
     _check_matrix(A, host(X), host(Y), dense, size)
-    if isinstance(A, HasInverse):
-        _check_inverse(A, X, size)
     if isinstance(A, HasGradients):
         _check_gradients(A, X, host(Y), size)
     if isinstance(A, HasTerms):
         _check_terms(A, X, host(Y), size)
+    if isinstance(A, HasInverse):
+        _check_inverse(A, X, size)
     _check_door(A, X)
 
 
@@ -70,22 +70,41 @@ def _check_products(A: LinearOperator, X: Array, Y: Array) -> None:
     before = host(X)
     again = A @ X
     close(host(X), before, 0.0, "A @ X changed its argument", "Never write into X; look for +=.")
-    same_bits(again, Y, "a second A @ X differs from the first", "A must be deterministic: look "
-              "for dropout, batch statistics, random batches, state kept between calls.")
+    same_bits(
+        again,
+        Y,
+        "a second A @ X differs from the first",
+        "A must be deterministic: look "
+        "for dropout, batch statistics, random batches, state kept between calls.",
+    )
     allowed = roundoff(A.dtype, n) * norm(host(Y))
     vector = attempt(lambda: A @ X[:, 0], "A @ x with x of shape (n,)")
     like(vector, X, (n,), "A @ x")
-    cause = "Each column must be multiplied alone: look for a wrong axis or a sum over columns."
-    close(host(vector), host(Y)[:, 0], allowed, "A @ x of shape (n,) is not column 0 of A @ X",
-          cause)
+    cause = (
+        "Each column must be multiplied alone (a wrong axis, a sum over columns?), and as "
+        f"precisely as {_backend.dtype_name(A.dtype)} claims."
+    )
+    close(
+        host(vector), host(Y)[:, 0], allowed, "A @ x of shape (n,) is not column 0 of A @ X", cause
+    )
     single = attempt(lambda: A @ X[:, 1:2], "A @ X with X of shape (n, 1)")
     like(single, X, (n, 1), "A @ X for one column")
-    close(host(single)[:, 0], host(Y)[:, 1], allowed, "A @ X of shape (n, 1) is not column 1 of "
-          "A @ X of shape (n, 3)", cause)
+    close(
+        host(single)[:, 0],
+        host(Y)[:, 1],
+        allowed,
+        "A @ X of shape (n, 1) is not column 1 of A @ X of shape (n, 3)",
+        cause,
+    )
     rows = _backend.from_host(np.ascontiguousarray(host(X).T), X)
     other = A @ _backend.namespace(X).matrix_transpose(rows)
-    close(host(other), host(Y), allowed, "A @ X depends on the memory order of X",
-          "Index by axes, never by strides: reshape, ravel or data pointers are suspects.")
+    close(
+        host(other),
+        host(Y),
+        allowed,
+        "A @ X depends on the memory order of X",
+        "Index by axes, never by strides: reshape, ravel or data pointers are suspects.",
+    )
     # Called by name: array-api-strict refuses foreign operands instead of deferring to them.
     left = attempt(lambda: A.__rmatmul__(rows), "Xᵀ @ A")
     like(left, X, (3, n), "Xᵀ @ A")
@@ -99,14 +118,22 @@ def _check_linear(A: LinearOperator, X: Array, Y: Array, Z: Array) -> None:
     W = A @ Z
     combined = host(A @ (2.0 * X - 3.0 * Z))
     sizes = 2 * norm(host(Y)) + 3 * norm(host(W))
-    close(combined, 2 * host(Y) - 3 * host(W), roundoff(A.dtype, n) * sizes,
-          "A is not linear: A(2X - 3Z) is not 2 AX - 3 AZ",
-          "Finite differences, clipping, rounding inside? Or fewer digits than the dtype has.")
+    close(
+        combined,
+        2 * host(Y) - 3 * host(W),
+        roundoff(A.dtype, n) * sizes,
+        "A is not linear: A(2X - 3Z) is not 2 AX - 3 AZ",
+        "Finite differences, clipping, rounding inside? Or fewer digits than the dtype has.",
+    )
     factor = 2.0**-20
     small = host(A @ (factor * X)) / factor
-    close(small, host(Y), roundoff(A.dtype, n) * norm(host(Y)),
-          "A is not linear: A(X/2²⁰) is not A(X)/2²⁰",
-          "Products by finite differences, or an absolute threshold inside?")
+    close(
+        small,
+        host(Y),
+        roundoff(A.dtype, n) * norm(host(Y)),
+        "A is not linear: A(X/2²⁰) is not A(X)/2²⁰",
+        "Products by finite differences, or an absolute threshold inside?",
+    )
 
 
 def _check_symmetric(A: LinearOperator, X: np.ndarray, Y: np.ndarray) -> None:
@@ -161,21 +188,36 @@ def _check_matrix(
         require(A.layout.n == n, f"A.layout has {A.layout.n} parameters, A has {n}", "Rebuild it.")
     if dense is not None:
         M = np.asarray(dense, dtype=np.float64)
-        close(Y, M @ X, scale * norm(X), "A @ X is not dense @ X",
-              "The operator is another matrix: look at scale, order of blocks, transposes.")
+        close(
+            Y,
+            M @ X,
+            scale * norm(X),
+            "A @ X is not dense @ X",
+            "The operator is another matrix: look at scale, order of blocks, transposes.",
+        )
     if n <= _DENSE_LIMIT:
         matrix = attempt(A.to_dense, "A.to_dense()")
         like(matrix, A.like, (n, n), "A.to_dense()")
-        close(host(matrix) @ X, Y, scale * norm(X), "A.to_dense() @ X is not A @ X",
-              "to_dense and the product disagree.")
+        close(
+            host(matrix) @ X,
+            Y,
+            scale * norm(X),
+            "A.to_dense() @ X is not A @ X",
+            "to_dense and the product disagree.",
+        )
     if isinstance(A, HasDiagonal):
         diagonal = attempt(A.diagonal, "A.diagonal()")
         like(diagonal, A.like, (n,), "A.diagonal()")
         chosen = np.unique(np.linspace(0, n - 1, min(n, 16)).astype(int))
         units = np.eye(n)[:, chosen] if n <= _DENSE_LIMIT else _units(n, chosen)
         true = host(A @ _backend.from_host(units, A.like))[chosen, np.arange(chosen.size)]
-        close(host(diagonal)[chosen], true, scale * np.sqrt(chosen.size),
-              "A.diagonal() is not eᵢᵀ(A eᵢ)", "A wrong diagonal makes Jacobi wrong, not slow.")
+        close(
+            host(diagonal)[chosen],
+            true,
+            scale * np.sqrt(chosen.size),
+            "A.diagonal() is not eᵢᵀ(A eᵢ)",
+            "A wrong diagonal makes Jacobi wrong, not slow.",
+        )
 
 
 def _units(n: int, chosen: np.ndarray) -> np.ndarray:
@@ -193,12 +235,21 @@ def _check_inverse(A: Any, X: Array, size: float) -> None:
         like(back, X, tuple(X.shape), f"{what} @ X")
         condition = (size + damping) / (damping - (0 if A.psd else size))
         allowed = roundoff(A.dtype, n) * norm(host(X)) * condition
-        close(host(A @ back) + damping * host(back), host(X), allowed,
-              f"(A + λI) {what} X is not X", "The inverse belongs to another matrix, or λ enters "
-              "twice or not at all.")
+        close(
+            host(A @ back) + damping * host(back),
+            host(X),
+            allowed,
+            f"(A + λI) {what} X is not X",
+            "The inverse belongs to another matrix, or λ enters twice or not at all.",
+        )
         forward = inverse @ (A @ X + damping * X)
-        close(host(forward), host(X), allowed * condition, f"{what} (A + λI) X is not X",
-              "The inverse is not symmetric, or not exact.")
+        close(
+            host(forward),
+            host(X),
+            allowed * condition,
+            f"{what} (A + λI) X is not X",
+            "The inverse is not symmetric, or not exact.",
+        )
     raises(ValueError, lambda: A.inverse(-1.0), "A.inverse(-1.0)")
 
 
@@ -208,8 +259,13 @@ def _check_gradients(A: Any, X: Array, Y: np.ndarray, size: float) -> None:
     product = host(G.T @ (G @ X))
     count = float(np.sum(product * Y) / max(np.sum(Y * Y), np.finfo(float).tiny))
     allowed = roundoff(A.dtype, A.shape[0]) * size * norm(host(X)) * max(count, 1e-300)
-    close(product, count * Y, allowed, "A is no multiple of GᵀG for G = A.gradients",
-          "A.gradients must be the rows g_i of A = (1/c) Σ g_i g_iᵀ.")
+    close(
+        product,
+        count * Y,
+        allowed,
+        "A is no multiple of GᵀG for G = A.gradients",
+        "A.gradients must be the rows g_i of A = (1/c) Σ g_i g_iᵀ.",
+    )
 
 
 def _check_terms(A: Any, X: Array, Y: np.ndarray, size: float) -> None:
@@ -219,8 +275,13 @@ def _check_terms(A: Any, X: Array, Y: np.ndarray, size: float) -> None:
     allowed = roundoff(A.dtype, A.shape[0]) * size * norm(host(X))
     parts = [part for part in (order[: N // 3], order[N // 3 :]) if part.size]
     total = sum(part.size / N * host(A.subset(part) @ X) for part in parts)
-    close(np.asarray(total), Y, 2 * allowed, "the mean over subsets is not A @ X",
-          "A.subset(indices) must be the mean over those terms, at the scale of the whole.")
+    close(
+        np.asarray(total),
+        Y,
+        2 * allowed,
+        "the mean over subsets is not A @ X",
+        "A.subset(indices) must be the mean over those terms, at the scale of the whole.",
+    )
 
 
 def _check_door(A: LinearOperator, X: Array) -> None:

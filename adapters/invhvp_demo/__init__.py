@@ -1,0 +1,1 @@
+"""The main job on real data: which labels are wrong, and which images hurt a prediction?"""

@@ -1,0 +1,278 @@
+"""The Hessian of a model's mean loss, as an operator."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, TypeAlias
+
+import torch
+
+from invhvp import _backend
+from invhvp.operators import LinearOperator
+
+from . import samples
+from .data import Cache, Cached, Streamed, read
+from .double_backward import GradientGraph, probe
+from .evaluation import check_independent, evaluation, seed
+from .objective import BatchLoss, Loss, Objective, Reduction, is_separable
+from .parameters import Parameters, Selection
+
+KeepGraph: TypeAlias = bool | Literal["auto"]
+
+
+def hessian(
+    model: torch.nn.Module,
+    loss: Loss | None = None,
+    data: Any = None,
+    *,
+    batch_loss: BatchLoss | None = None,
+    parameters: Selection = None,
+    training: bool = False,
+    reduction: Reduction = "mean",
+    count: float | None = None,
+    cache: Cache = "auto",
+    keep_graph: KeepGraph = "auto",
+    batch_size: int | None = None,
+    rng: int = 0,
+) -> Hessian:
+    """Build the Hessian of the mean loss Σ w_i ∇²ℓ_i / Σ w_i in the selected parameters.
+
+    ℓ_i is the loss of sample i alone, so that batch size, order and a short last batch change
+    nothing but rounding. The operator works on torch tensors (n, k) of the parameters' dtype and
+    device; n and the order are those of `to_array`.
+
+    Args:
+        model: left exactly as found: mode, gradients, hooks, buffers, random state.
+        loss: loss(output, target), a mean over the samples of a batch.
+        data: a DataLoader, any re-iterable of (x, y) or (x, y, sample_weight), or one such tuple
+            of tensors.
+        batch_loss: instead of `loss`: f(model, batch) → per-sample losses (N,), for batches of
+            any kind.
+        parameters: a name, a glob pattern, a module, a parameter, or several; gives exactly that
+            diagonal block of the whole Hessian.
+        training: whether modules are in training mode; dropout masks are then fixed by `rng`.
+        reduction: what `loss` does over a batch: "mean", "sum", or "none" (losses (N,)).
+        count: what the sum of all losses is divided by; by default the number of samples, or the
+            sum of the sample weights. Not with reduction="mean".
+        cache: keep the data on the device: True, False, or where a quarter of free memory
+            holds them.
+        keep_graph: keep every batch's gradient graph between products: True, False, or as many
+            as half of free memory holds. The values are the same.
+        batch_size: samples at once where the data are one tuple of tensors.
+        rng: the seed of what is random in training mode.
+
+    Raises TypeError for data that can be read only once, ValueError for a loss whose batch mean
+    is not the mean over its samples, RuntimeError where the data differ between passes or the
+    parameters have changed since, NotImplementedError for an operation without a second
+    derivative. Products of all threads take turns.
+
+    Cost: a column of a product costs about two gradients of the loss with a kept graph; without
+    one, a gradient more for all columns together. Building it costs two or three passes.
+
+    Example:
+        >>> import torch, invhvp_torch as it
+        >>> model = torch.nn.Linear(3, 1)
+        >>> x, y = torch.eye(3), torch.zeros(3, 1)
+        >>> H = it.hessian(model, torch.nn.functional.mse_loss, (x, y), parameters="weight")
+        >>> H @ torch.ones(3)
+        tensor([0.6667, 0.6667, 0.6667])
+    """
+    objective = Objective(model=model, loss=loss, batch_loss=batch_loss, reduction=reduction)
+    selected = Parameters(model, parameters)
+    check_independent(model, training=training)
+    if count is not None:
+        _check_count(count, objective)
+    if keep_graph not in (True, False, "auto"):
+        msg = f'keep_graph= takes True, False or "auto", got {keep_graph!r}'
+        raise ValueError(msg)
+    device = selected.like.device
+    with evaluation(model, training=training, device=device):
+        batches = read(data, device, cache=cache, batch_size=batch_size)
+        survey = _Survey(objective, selected, training=training, rng=rng)
+        survey.look_at(batches)
+    whole = None
+    if survey.separable and isinstance(batches, Cached):
+        whole = batches.joined(survey.sizes)
+    stored = isinstance(batches, Cached) or keep_graph is True
+    keep = survey.n_to_keep(keep_graph) if stored else 0
+    return (Hessian if whole is None else SampledHessian)(
+        objective=objective,
+        parameters=selected,
+        batches=batches,
+        n_samples=sum(survey.sizes),
+        count=survey.count if count is None else float(count),
+        training=training,
+        rng=rng,
+        keep=keep,
+        bytes_per_sample=survey.bytes_per_sample,
+        whole=whole,
+    )
+
+
+class Hessian(LinearOperator):
+    """(1/count) Σ_b ∇² (sum of the losses of batch b); made by `hessian`."""
+
+    def __init__(
+        self,
+        *,
+        objective: Objective,
+        parameters: Parameters,
+        batches: Cached | Streamed,
+        n_samples: int,
+        count: float,
+        training: bool,
+        rng: int,
+        keep: int,
+        bytes_per_sample: float,
+        whole: Any | None = None,
+    ) -> None:
+        super().__init__(parameters.n, like=parameters.like, layout=parameters.layout)
+        self._objective = objective
+        self._parameters = parameters
+        self._batches = batches
+        self._n_samples = n_samples
+        self._count = count
+        self._training = training
+        self._rng = rng
+        self._keep = keep
+        self._bytes_per_sample = bytes_per_sample
+        self._whole = whole
+        self._kept: dict[int, GradientGraph] = {}
+
+    @property
+    def n_samples(self) -> int:
+        """Number of samples that the mean is over."""
+        return self._n_samples
+
+    def _matmat(self, X: torch.Tensor, /) -> torch.Tensor:
+        self._parameters.check_unchanged()
+        model, device = self._objective.model, self._like.device
+        with evaluation(model, training=self._training, device=device):
+            # Cloned, because a tensor made in inference mode cannot enter a graph.
+            rows = X.detach().mT.clone(memory_format=torch.contiguous_format)
+            total = torch.zeros_like(rows)
+            if rows.shape[0] == 0:
+                return total.mT
+            for index, batch in enumerate(self._batches):
+                graph = self._kept.get(index)
+                if graph is None:
+                    graph = self._differentiate(index, batch)
+                    if index < self._keep:
+                        self._kept[index] = graph
+                graph.add_products(rows, total, free=index >= self._keep)
+        return (total / self._count).mT
+
+    def _differentiate(self, index: int, batch: Any) -> GradientGraph:
+        if self._training:
+            seed(self._rng + index, self._like.device)
+        forward = self._objective.forward(batch)
+        return GradientGraph(
+            forward.total(), self._parameters, forward.n, self._bytes_per_sample * forward.n
+        )
+
+    def _describe(self) -> str:
+        n, b = self._n_samples, len(self._batches)
+        graphs = "graphs recomputed"
+        if self._keep:
+            graphs = "graphs kept" if self._keep >= b else f"{self._keep} graphs kept"
+        mode = ", training mode" if self._training else ""
+        size = f"{n} sample{'s' * (n != 1)} in {b} batch{'es' * (b != 1)}"
+        where = self._batches.describe()
+        return f"{super()._describe()}, {size}, {where}, {graphs}{mode}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": {}}  # graphs are rebuilt where they are needed
+
+
+class SampledHessian(Hessian):
+    """A Hessian whose samples are at hand one by one: it can restrict itself to some of them."""
+
+    @property
+    def n_terms(self) -> int:
+        """Number of samples."""
+        return self._n_samples
+
+    def subset(self, indices: Any, /) -> Hessian:
+        """The mean over some samples (repeats count), at the scale of the whole: N/|B| their sum.
+
+        `indices` are integers (m,): a tensor, a NumPy array or a list, in the order of the data.
+        """
+        if not isinstance(indices, torch.Tensor):
+            indices = torch.tensor(indices)  # a copy: NumPy's may be read-only
+        rows = indices.to(self._like.device)
+        if rows.numel() == 0:
+            raise ValueError("a subset needs at least one sample")
+        if rows.dtype.is_floating_point or rows.dtype == torch.bool or rows.ndim != 1:
+            msg = f"indices must be integers of shape (m,), got {rows.dtype} {tuple(rows.shape)}"
+            raise (ValueError if rows.ndim != 1 else TypeError)(msg)
+        chosen = samples.take(self._whole, rows)  # raises IndexError outside 0 .. N - 1
+        return SampledHessian(
+            objective=self._objective,
+            parameters=self._parameters,
+            batches=Cached([chosen]),
+            n_samples=rows.numel(),
+            count=self._count * rows.numel() / self._n_samples,
+            training=self._training,
+            rng=self._rng,
+            keep=0,  # a subset serves one or two products
+            bytes_per_sample=self._bytes_per_sample,
+            whole=chosen,
+        )
+
+
+class _Survey:
+    """The pass at construction: counts samples, proves conventions, looks at one graph."""
+
+    def __init__(
+        self, objective: Objective, parameters: Parameters, *, training: bool, rng: int
+    ) -> None:
+        self._objective = objective
+        self._parameters = parameters
+        self._training = training
+        self._rng = rng
+        self.sizes: list[int] = []
+        self.count = 0.0
+        self.bytes_per_sample = 0.0
+        self.separable = True
+
+    def look_at(self, batches: Cached | Streamed) -> None:
+        sentinel = None
+        for index, batch in enumerate(batches):
+            if self._training:
+                seed(self._rng + index, self._parameters.like.device)
+            forward = self._objective.forward(batch)
+            if forward.n == 0:
+                msg = f"batch {index} has no samples"
+                raise ValueError(msg)
+            sentinel = forward.check(sentinel)
+            self.sizes.append(forward.n)
+            self.count += forward.weight_sum()
+            self.separable = self.separable and samples.is_sliceable(batch, forward.n)
+            if index == 0:
+                self.separable = is_separable(forward, batch, training=self._training)
+                size = probe(self._objective, self._parameters, batch)
+                self.bytes_per_sample = size / forward.n
+        if not (math.isfinite(self.count) and self.count > 0):
+            msg = f"the sample weights must be finite with a positive sum, got {self.count}"
+            raise ValueError(msg)
+
+    def n_to_keep(self, keep_graph: KeepGraph) -> int:
+        """How many batches' graphs are kept."""
+        if keep_graph is not True and keep_graph is not False:
+            budget = _backend.free_memory(self._parameters.like) // 2
+            for index, size in enumerate(self.sizes):
+                budget -= self.bytes_per_sample * size
+                if budget < 0:
+                    return index
+        return len(self.sizes) if keep_graph else 0
+
+
+def _check_count(count: float, objective: Objective) -> None:
+    if objective.batch_loss is None and objective.reduction == "mean":
+        raise ValueError('count= goes with reduction="sum" or "none", or with batch_loss=')
+    if isinstance(count, bool) or not isinstance(count, int | float):
+        msg = f"count must be a number, got {type(count).__name__}"
+        raise TypeError(msg)
+    if not (math.isfinite(count) and count > 0):
+        msg = f"count must be positive and finite, got {count}"
+        raise ValueError(msg)

@@ -1,0 +1,72 @@
+"""Dense per-sample gradients of any parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.func import functional_call, grad, vmap
+
+from invhvp import _backend
+
+from . import samples
+from .evaluation import quiet_vmap
+from .objective import Objective
+from .parameters import Parameters
+
+
+def graph_rows(
+    losses: torch.Tensor, parameters: Parameters, names: list[str], indices: Sequence[int]
+) -> dict[str, torch.Tensor]:
+    """Rows (len(indices), size) of ∇ℓ_i, one backward pass a sample; right for any model."""
+    chosen = [parameters.named[name] for name in names]
+    rows = [
+        torch.autograd.grad(
+            losses[i], chosen, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        for i in indices
+    ]
+    columns = zip(*rows, strict=True)
+    return {
+        name: torch.stack([g.reshape(-1) for g in column])
+        for name, column in zip(names, columns, strict=True)
+    }
+
+
+def vmap_rows(
+    objective: Objective, parameters: Parameters, names: list[str], batch: Any
+) -> dict[str, torch.Tensor] | None:
+    """Rows (N, size) of ∇ℓ_i, all samples at once; None where the model cannot be vmapped."""
+    bound = _Bound(objective)
+    values = {f"_objective_model.{name}": parameters.named[name].detach() for name in names}
+
+    def loss(values: dict[str, torch.Tensor], sample: Any) -> torch.Tensor:
+        alone = samples.map_tensors(lambda t: t[None], sample)
+        return functional_call(bound, values, (alone,))
+
+    rows = next(samples.tensors(batch)).shape[0]
+    size = sum(value.numel() for value in values.values()) * parameters.like.element_size()
+    # Beside the result: as much again in pieces, and activations that are not known here.
+    budget = _backend.free_memory(parameters.like) // 8
+    chunk = int(max(1, min(rows, 256, budget // max(1, size))))
+    try:
+        with quiet_vmap():
+            result = vmap(grad(loss), in_dims=(None, 0), chunk_size=chunk)(values, batch)
+    except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+        if _backend.is_out_of_memory(error):
+            raise
+        return None
+    return {name: result[f"_objective_model.{name}"].detach().reshape(rows, -1) for name in names}
+
+
+class _Bound(torch.nn.Module):
+    """The loss of one sample as a module, so that `functional_call` can replace parameters."""
+
+    def __init__(self, objective: Objective) -> None:
+        super().__init__()
+        self._objective = objective
+        self._objective_model = objective.model
+
+    def forward(self, batch: Any) -> torch.Tensor:
+        return self._objective.forward(batch).total()

@@ -1,0 +1,1 @@
+"""What the methods cost and how right they are, measured: python -m benchmarks."""

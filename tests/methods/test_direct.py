@@ -1,0 +1,148 @@
+"""Exact methods: Direct, SampleSpace, and the borrowed inverses."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import invhvp as ih
+from invhvp import _backend
+
+
+def symmetric(*eigenvalues, seed=0):
+    rng = np.random.default_rng(seed)
+    Q, _ = np.linalg.qr(rng.standard_normal((len(eigenvalues), len(eigenvalues))))
+    M = (Q * np.asarray(eigenvalues)) @ Q.T
+    return (M + M.T) / 2
+
+
+def exact(M, damping, B):
+    return np.linalg.solve(M + damping * np.eye(len(M)), B)
+
+
+def test_direct_is_exact_and_says_how_exact(backend):
+    M = symmetric(*np.geomspace(1e-2, 10, 12))
+    B = np.random.default_rng(1).standard_normal((12, 3))
+    placed, rhs = backend.asarray(M), backend.asarray(B)
+    for A in (ih.Dense(placed, psd=True), ih.Callback(lambda X: placed @ X, 12, like=placed)):
+        sol = ih.solve(A, rhs, ih.Direct(), damping=1e-2)
+        assert set(sol.status) == {ih.Status.CONVERGED}
+        X = exact(backend.to_numpy(placed), 1e-2, backend.to_numpy(rhs))
+        allowed = 1e3 * backend.eps * np.abs(X).max() * 10
+        np.testing.assert_allclose(backend.to_numpy(sol.x), X, rtol=0, atol=allowed)
+        backend.assert_like(sol.x)
+        assert sol.passes == 2
+    assert np.all(np.isinf(backend.to_numpy(sol.error_bounds)))  # not known to be PSD
+
+
+def test_direct_solves_indefinite_systems_and_names_singular_ones(backend):
+    M = symmetric(-2.0, -0.5, 1.0, 3.0)
+    A = ih.Dense(backend.asarray(M))
+    inverse = ih.Direct().prepare(A, damping=0.1)
+    assert not inverse.fixed_spd
+    b = backend.asarray(np.arange(1.0, 5.0))
+    X = exact(M, 0.1, np.arange(1.0, 5.0))
+    np.testing.assert_allclose(backend.to_numpy(inverse @ b), X, atol=1e3 * backend.eps)
+    with pytest.raises(ih.SingularError, match="raise the damping"):
+        ih.Direct().prepare(ih.Diagonal(backend.asarray(np.array([0.0, 1.0]))), damping=0.0)
+    with pytest.raises(ih.SingularError, match="singular"):
+        ones = ih.Dense(backend.asarray(np.ones((3, 3))))
+        ih.Direct().prepare(ones, damping=0.0)
+
+
+def test_direct_refuses_what_does_not_fit():
+    A = ih.Callback(lambda X: X, 30, like=np.ones(1))
+    with pytest.raises(ValueError, match="max_size=20"):
+        ih.Direct(max_size=20).prepare(A, damping=1.0)
+    skew = ih.Callback(lambda X: np.triu(np.ones((3, 3))) @ X, 3, like=np.ones(1))
+    with pytest.raises(ValueError, match="not symmetric"):
+        ih.Direct().prepare(skew, damping=1.0)
+
+
+@pytest.mark.parametrize("samples", [1, 7, 12, 30])
+@pytest.mark.parametrize("damping", [1e-3, 10.0])
+def test_sample_space_is_exact_for_any_number_of_samples(backend, samples, damping):
+    rows = np.random.default_rng(0).standard_normal((samples, 12))
+    B = np.random.default_rng(1).standard_normal((12, 4))
+    A = ih.RankOneMean(ih.DenseGradients(backend.asarray(rows)))
+    rhs = backend.asarray(B)
+    held = backend.to_numpy(backend.asarray(rows))
+    M = held.T @ held / samples
+    X = exact(M, damping, backend.to_numpy(rhs))
+    # In float32 the residual of the best possible x is ε‖A‖‖x‖, above the default tolerance.
+    inverse = ih.SampleSpace(rtol=1e-3).prepare(A, damping=damping)
+    sol = inverse.solve(rhs)
+    assert set(sol.status) == {ih.Status.CONVERGED}
+    condition = (np.linalg.norm(M, 2) + damping) / damping
+    allowed = 30 * backend.eps * condition * np.abs(X).max()
+    np.testing.assert_allclose(backend.to_numpy(sol.x), X, rtol=0, atol=allowed)
+    E = backend.to_numpy(sol.x) - X
+    energy = np.sqrt(np.maximum(np.sum(E * ((M + damping * np.eye(12)) @ E), axis=0), 0))
+    assert np.all(energy <= backend.to_numpy(sol.error_bounds))
+    other = inverse.with_damping(2 * damping).solve(rhs)
+    X2 = exact(M, 2 * damping, backend.to_numpy(rhs))
+    np.testing.assert_allclose(backend.to_numpy(other.x), X2, rtol=0, atol=allowed)
+
+
+def test_sample_space_with_damping_by_block(backend):
+    rng = np.random.default_rng(0)
+    W, b = rng.standard_normal((5, 8)), rng.standard_normal((5, 4))
+    G = ih.StackedGradients(
+        {
+            "weight": ih.DenseGradients(backend.asarray(W)),
+            "bias": ih.DenseGradients(backend.asarray(b)),
+        }
+    )
+    rows = np.concatenate([W, b], axis=1)
+    damping = {"weight": 0.1, "bias": 2.0}
+    M = rows.T @ rows / 5 + np.diag([0.1] * 8 + [2.0] * 4)
+    rhs = rng.standard_normal(12)
+    sol = ih.solve(ih.RankOneMean(G), backend.asarray(rhs), ih.SampleSpace(), damping=damping)
+    X = np.linalg.solve(M, rhs)
+    np.testing.assert_allclose(backend.to_numpy(sol.x), X, atol=3e3 * backend.eps)
+
+
+def test_sample_space_needs_gradients_and_damping():
+    with pytest.raises(TypeError, match="needs an operator with gradients"):
+        ih.SampleSpace().prepare(ih.Diagonal(np.ones(3)), damping=1.0)
+    A = ih.RankOneMean(ih.DenseGradients(np.ones((2, 3))))
+    with pytest.raises(ih.SingularError, match="damping > 0"):
+        ih.SampleSpace().prepare(A, damping=0.0)
+
+
+def test_structured_right_hand_sides(backend):
+    rng = np.random.default_rng(0)
+    d, a = rng.standard_normal((4, 3)), rng.standard_normal((4, 5))
+    G = ih.OuterProductGradients(output_grads=backend.asarray(d), inputs=backend.asarray(a))
+    A = ih.RankOneMean(G)
+    sol = ih.solve(A, G, ih.SampleSpace(), damping=0.5)
+    rows = (d[:, :, None] * a[:, None, :]).reshape(4, 15)
+    X = exact(rows.T @ rows / 4, 0.5, rows.T)
+    np.testing.assert_allclose(backend.to_numpy(sol.x), X, atol=1e3 * backend.eps)
+
+
+def test_surrogate_and_fixed_are_approximate_and_measured(backend):
+    M = symmetric(1.0, 2.0, 3.0)
+    A, K = ih.Dense(backend.asarray(M), psd=True), ih.Diagonal(backend.asarray(np.ones(3)))
+    b = backend.asarray(np.ones(3))
+    sol = ih.solve(A, b, ih.Surrogate(K), damping=0.5)
+    assert sol.status is ih.Status.APPROXIMATE
+    residual = np.linalg.norm(np.ones(3) - (M + 0.5 * np.eye(3)) @ (np.ones(3) / 1.5))
+    assert float(backend.to_numpy(sol.residual_norms)) == pytest.approx(residual, rel=1e-5)
+    fixed = ih.Fixed(ih.Direct().prepare(A, damping=0.4)).prepare(A, damping=0.5)
+    np.testing.assert_allclose(
+        backend.to_numpy(fixed @ b), exact(M, 0.4, np.ones(3)), atol=1e3 * backend.eps
+    )
+    with pytest.raises(ValueError, match="shape"):
+        ih.Surrogate(ih.Identity(4, like=b)).prepare(A, damping=1.0)
+
+
+def test_nan_factorisations_are_noticed(monkeypatch):
+    monkeypatch.setattr(_backend, "cholesky", lambda M: np.full_like(M, np.nan))
+    inverse = ih.Direct().prepare(ih.Dense(np.diag([1.0, 2.0])), damping=0.0)
+    np.testing.assert_allclose(inverse @ np.ones(2), [1.0, 0.5])  # by eigenvectors
+    monkeypatch.setattr(
+        _backend, "eigh", lambda M: (np.full(len(M), np.nan), np.full_like(M, np.nan))
+    )
+    with pytest.raises(ih.SingularError, match="NaN"):
+        ih.Direct().prepare(ih.Dense(np.diag([1.0, 2.0])), damping=0.0)
