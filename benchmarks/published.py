@@ -67,6 +67,9 @@ class Basis:
     kind: str
     tolerance: float
 
+    def __str__(self) -> str:
+        return f"{self.kind} {self.tolerance:.0e}"
+
     def __call__(self, Y: np.ndarray) -> np.ndarray:
         if not np.all(np.isfinite(Y)):
             raise Breakdown

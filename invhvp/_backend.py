@@ -63,20 +63,10 @@ def itemsize(dtype: Any) -> int:
     return {"float64": 8, "float32": 4}.get(dtype_name(dtype), 2)
 
 
-def tiny(dtype: Any) -> float:
-    """Smallest positive number that is safe to divide by, for a real floating dtype."""
-    return {"float64": 2.0**-1000, "float32": 2.0**-120}.get(dtype_name(dtype), 2.0**-13)
-
-
 def dtype_name(dtype: Any) -> str:
     """`"float32"` for `np.float32`, `torch.float32`, `jnp.float32` and strict's alike."""
     name = getattr(dtype, "name", None) or getattr(dtype, "__name__", None) or str(dtype)
     return name.rpartition(".")[2]
-
-
-def dtype_of(xp: Any, name: str) -> Any:
-    """The namespace's dtype called `name`."""
-    return getattr(xp, name)
 
 
 def is_real_floating(dtype: Any) -> bool:

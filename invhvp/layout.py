@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,13 +44,15 @@ class Layout(Mapping[str, Block]):
 
     def __init__(self, blocks: Mapping[str, Block]) -> None:
         self._blocks = {name: _contiguous(block) for name, block in blocks.items()}
+        self._gather = None
+        if _consecutive(self._blocks.values()):
+            return  # the usual case, and no index array of length n
         order = [_positions(block) for block in self._blocks.values()]
         position = np.concatenate(order) if order else np.arange(0)
         if position.shape != (self.n,) or not np.array_equal(np.sort(position), np.arange(self.n)):
             msg = f"the blocks {self.names} must cover each of the {self.n} parameters exactly once"
             raise ValueError(msg)
-        in_order = np.array_equal(position, np.arange(self.n))
-        self._gather = None if in_order else np.argsort(position)
+        self._gather = np.argsort(position)
 
     @classmethod
     def from_shapes(cls, shapes: Mapping[str, tuple[int, ...]]) -> Layout:
@@ -120,6 +122,16 @@ class Layout(Mapping[str, Block]):
     def __repr__(self) -> str:
         shapes = {name: "x".join(map(str, b.shape)) or "scalar" for name, b in self.items()}
         return f"Layout({', '.join(f'{name} {shape}' for name, shape in shapes.items())})"
+
+
+def _consecutive(blocks: Iterable[Block]) -> bool:
+    """Whether the blocks are slices that follow one another from zero."""
+    start = 0
+    for block in blocks:
+        if not isinstance(block.indices, slice) or block.indices.start != start:
+            return False
+        start = block.indices.stop
+    return True
 
 
 def _contiguous(block: Block) -> Block:

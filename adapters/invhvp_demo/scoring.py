@@ -22,7 +22,9 @@ def ranked(scores: np.ndarray) -> np.ndarray:
 
 
 def pearson(predicted: np.ndarray, actual: np.ndarray) -> float:
-    """Linear correlation."""
+    """Linear correlation; NaN where one of both is constant."""
+    if np.ptp(predicted) == 0 or np.ptp(actual) == 0:
+        return float("nan")
     return float(np.corrcoef(predicted, actual)[0, 1])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .. import _backend
+from ..gradients._check import check_kind
 from ..layout import Layout
 from ..protocols import Array
 
@@ -139,29 +140,3 @@ class LinearOperator:
     def __repr__(self) -> str:
         dtype = _backend.dtype_name(self.dtype)
         return f"{type(self).__name__}({self._describe()}, {dtype}, {self.device})"
-
-
-def check_kind(X: Any, like: Array, what: str) -> None:
-    """Raise TypeError unless `X` is an array of the library, dtype and device of `like`."""
-    if not _backend.is_array(X):
-        msg = (
-            f"{what} takes arrays of {_backend.library_name(like)}, got {type(X).__name__}; "
-            "convert it first"
-        )
-        raise TypeError(msg)
-    mine, theirs = _backend.library_name(like), _backend.library_name(X)
-    if mine != theirs:
-        msg = f"{what} works on {mine} arrays, got a {theirs} array; convert it first"
-        raise TypeError(msg)
-    if X.dtype != like.dtype:
-        msg = (
-            f"{what} works in {_backend.dtype_name(like.dtype)}, got "
-            f"{_backend.dtype_name(X.dtype)}; nothing is converted silently"
-        )
-        raise TypeError(msg)
-    if not _backend.is_tracing(X) and not _backend.same_device(X, like):
-        msg = (
-            f"{what} works on device {_backend.device(like)}, got an array on "
-            f"{_backend.device(X)}; move it first"
-        )
-        raise TypeError(msg)

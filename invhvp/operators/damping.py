@@ -50,6 +50,11 @@ def _check_value(smallest: float, largest: float) -> None:
         raise ValueError(msg)
 
 
+def by_block(shift: float | Array) -> bool:
+    """Whether λ is an array (n,) rather than one number."""
+    return getattr(shift, "ndim", 0) > 0
+
+
 def smallest(shift: float | Array) -> float:
     """Smallest λ, on the host (one transfer for block-wise damping); 0 while tracing."""
     if isinstance(shift, float):
@@ -61,7 +66,7 @@ def smallest(shift: float | Array) -> float:
 
 def scalar(shift: float | Array, what: str) -> float | Array:
     """The shift if it is one number; ValueError where block-wise damping has no meaning."""
-    if not isinstance(shift, float) and shift.ndim:
+    if by_block(shift):
         msg = f"{what} takes one damping value, not one per block"
         raise ValueError(msg)
     return shift
@@ -69,9 +74,7 @@ def scalar(shift: float | Array, what: str) -> float | Array:
 
 def shifted(X: Array, shift: float | Array) -> Array:
     """λ ∘ X for a block X (n, k)."""
-    if isinstance(shift, float) or shift.ndim == 0:
-        return shift * X
-    return shift[:, None] * X
+    return shift[:, None] * X if by_block(shift) else shift * X
 
 
 class Damped(LinearOperator):

@@ -7,7 +7,7 @@ from ..layout import Layout
 from ..protocols import Array, Damping
 from .algebra import checked_factor
 from .base import LinearOperator
-from .damping import as_shift
+from .damping import as_shift, by_block
 from .factor import SymmetricFactor
 
 
@@ -49,7 +49,7 @@ class Dense(LinearOperator):
         """(M + λI)⁻¹ through one float64 factorisation. Raises SingularError."""
         shift = as_shift(damping, self)
         small = _backend.to_small(self._M)
-        if isinstance(shift, float) or shift.ndim == 0:
+        if not by_block(shift):
             damped = small + shift * _linalg.identity_like(small)
         else:
             xp = _backend.namespace(small)

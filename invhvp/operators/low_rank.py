@@ -10,7 +10,7 @@ from ..protocols import Array, Damping
 from ..solution import SingularError
 from .algebra import checked_factor
 from .base import LinearOperator
-from .damping import as_shift, smallest
+from .damping import as_shift, by_block, smallest
 
 
 class LowRank(LinearOperator):
@@ -71,7 +71,7 @@ class LowRank(LinearOperator):
         Raises SingularError for λ = 0 (unless r = n) and where s + λ vanishes.
         """
         shift = as_shift(damping, self)
-        if isinstance(shift, float) or shift.ndim == 0:
+        if not by_block(shift):
             return LowRankInverse(self, shift)
         if not smallest(shift) > 0:
             msg = "a low-rank operator with block-wise damping needs λ > 0 in every block"

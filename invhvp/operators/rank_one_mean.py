@@ -11,7 +11,7 @@ from ..protocols import Array, Damping
 from ..solution import SingularError
 from .algebra import checked_factor
 from .base import LinearOperator
-from .damping import as_shift, scalar, smallest
+from .damping import as_shift, by_block, scalar, smallest
 from .dense import DenseInverse
 from .factor import SymmetricFactor
 
@@ -75,7 +75,7 @@ class RankOneMean(LinearOperator):
         N, p = self._gradients.shape
         if p < N:
             return ParameterSpaceInverse(self, shift)
-        if not isinstance(shift, float) and shift.ndim:
+        if by_block(shift):
             return self._by_block(damping, shift)
         return SampleSpaceInverse(self, scalar(shift, "the sample-space inverse"))
 
@@ -143,15 +143,13 @@ class ParameterSpaceInverse(DenseInverse):
 
     def __init__(self, A: RankOneMean, shift: float | Array) -> None:
         total = None
-        for rows in A.gradients.chunks():
-            dense = A.gradients[rows].to_dense()
-            part = _linalg.gram(dense)
+        for rows in A.gradients.parts():
+            part = _linalg.gram(rows.to_dense())
             total = part if total is None else total + part
         assert total is not None
         M = _linalg.symmetric(total) / A.count
         eye = _linalg.identity_like(M)
-        by_block = not isinstance(shift, float) and shift.ndim
-        diagonal = _backend.to_small(shift)[:, None] if by_block else shift
+        diagonal = _backend.to_small(shift)[:, None] if by_block(shift) else shift
         super().__init__(M + diagonal * eye, A)
 
 

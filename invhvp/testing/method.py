@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -95,7 +94,7 @@ class _Case:
 
     def check_prepare(self) -> None:
         method, inverse, A = self.method, self.inverse, self.A
-        frozen = dataclasses.is_dataclass(method) and method.__dataclass_params__.frozen  # type: ignore[attr-defined]
+        frozen = getattr(getattr(method, "__dataclass_params__", None), "frozen", False)
         require(frozen, f"{type(method).__name__} is not a frozen dataclass", "Options are values.")
         raises(TypeError, lambda: method.prepare(A), "prepare without damping")
         for damping in (-1.0, float("nan"), float("inf")):

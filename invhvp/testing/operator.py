@@ -44,6 +44,7 @@ def check_operator(
         AssertionError: A is not symmetric: |xᵀ(A y) - yᵀ(A x)| = ...
     """
     A = attempt(lambda: as_operator(A), "as_operator(A)")
+    _check_door(A)
     random = _random.generator(rng, A.like)
     X = random.normal((A.shape[0], 3))
     Y = attempt(lambda: A @ X, "A @ X with X of shape (n, 3)")
@@ -62,7 +63,6 @@ def check_operator(
         _check_terms(A, X, host(Y), size)
     if isinstance(A, HasInverse):
         _check_inverse(A, X, size)
-    _check_door(A, X)
 
 
 def _check_products(A: LinearOperator, X: Array, Y: Array) -> None:
@@ -284,8 +284,9 @@ def _check_terms(A: Any, X: Array, Y: np.ndarray, size: float) -> None:
     )
 
 
-def _check_door(A: LinearOperator, X: Array) -> None:
-    xp = _backend.namespace(X)
+def _check_door(A: LinearOperator) -> None:
+    xp = _backend.namespace(A.like)
+    X = xp.zeros((A.shape[0], 2), dtype=A.dtype, device=A.device)
     long = xp.concat([X, X[:1, :]], axis=0)
     raises(ValueError, lambda: A @ long, "A @ X with n + 1 rows")
     raises(TypeError, lambda: A @ xp.astype(X, xp.int32), "A @ X of an integer dtype")

@@ -41,7 +41,7 @@ def woodbury(M, rank, damping, B):
 def test_is_woodburys_formula(backend, damping):
     A, M = placed(backend, matrix(*DECAY), psd=True)
     B = backend.asarray(rows(3, 80).T)
-    inverse = ih.Arnoldi(rank=6, block=2, krylov_dimension=18).prepare(A, damping=damping)
+    inverse = ih.Arnoldi(rank=6, block=2, krylov_dimension=18, tol=1e-13).prepare(A, damping=damping)
     expected = woodbury(M, 6, damping, backend.to_numpy(B))
     allowed = 300 * backend.eps * 10 / damping * np.linalg.norm(expected)
     assert np.linalg.norm(backend.to_numpy(inverse @ B) - expected) <= allowed
@@ -69,7 +69,7 @@ def test_low_rank_operators_are_inverted_to_rounding(seed, rank, log_damping):
 def test_dropping_the_complement_is_the_projected_inverse(backend):
     A, M = placed(backend, matrix(*DECAY), psd=True)
     b = backend.asarray(rows(1, 80)[0])
-    inverse = ih.Arnoldi(rank=6, complement="drop").prepare(A, damping=0.0)
+    inverse = ih.Arnoldi(rank=6, complement="drop", tol=1e-13).prepare(A, damping=0.0)
     w, V = np.linalg.eigh(M)
     expected = V[:, -6:] @ ((V[:, -6:].T @ backend.to_numpy(b)) / w[-6:])
     gap = np.linalg.norm(backend.to_numpy(inverse @ b) - expected)
@@ -157,7 +157,7 @@ def test_policies_for_negative_eigenvalues(backend, policy, value):
     model = np.where(model < 0, value, model)
     b = rows(1, 72)[0]
     expected = V @ ((V.T @ b) / (model + 0.5))
-    inverse = ih.Arnoldi(rank=3, nonpositive=policy).prepare(A, damping=0.5)
+    inverse = ih.Arnoldi(rank=3, nonpositive=policy, tol=1e-13).prepare(A, damping=0.5)
     gap = np.linalg.norm(backend.to_numpy(inverse @ backend.asarray(b)) - expected)
     assert gap <= 2e3 * backend.eps * np.linalg.norm(expected)
     assert inverse.fixed_spd
@@ -165,7 +165,7 @@ def test_policies_for_negative_eigenvalues(backend, policy, value):
         np.sort(backend.to_numpy(inverse.low_rank.values)), [-2, 3, 5], rtol=1e-5
     )
     # Above the threshold nothing is replaced.
-    plain = ih.Arnoldi(rank=3).prepare(A, damping=2.5) @ backend.asarray(b)
+    plain = ih.Arnoldi(rank=3, tol=1e-13).prepare(A, damping=2.5) @ backend.asarray(b)
     same = inverse.with_damping(2.5) @ backend.asarray(b)
     np.testing.assert_array_equal(backend.to_numpy(plain), backend.to_numpy(same))
 
@@ -185,7 +185,7 @@ def test_damping_by_block(backend):
     damping = {"a": 0.1, "b": 2.0}
     D = np.diag(np.repeat([0.1, 2.0], [30, 50]))
     b = rows(1, 80)[0]
-    inverse = ih.Arnoldi(rank=6).prepare(A, damping=damping)
+    inverse = ih.Arnoldi(rank=6, tol=1e-13).prepare(A, damping=damping)
     w, V = np.linalg.eigh(M)
     expected = np.linalg.solve((V[:, -6:] * w[-6:]) @ V[:, -6:].T + D, b)
     gap = np.linalg.norm(backend.to_numpy(inverse @ backend.asarray(b)) - expected)

@@ -1,0 +1,44 @@
+"""python -m benchmarks forms|methods [--quick] [--out DIR]."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+
+from . import forms, methods, report
+
+SUITES = {"forms": forms, "methods": methods}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure, print Markdown, write it and JSON."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("suite", choices=SUITES, help="what to measure")
+    parser.add_argument("--quick", action="store_true", help="a small case in a few seconds")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="folder for the results (default: benchmarks/results; with --quick, none)",
+    )
+    options = parser.parse_args(arguments)
+    suite = SUITES[options.suite]
+    grid = suite.QUICK if options.quick else suite.FULL
+    rows = []
+    for row in suite.rows(grid):
+        rows.append(row)
+        if sys.stderr.isatty():
+            print(f"\r{len(rows)} rows", end="", file=sys.stderr, flush=True)
+    limits = {f.name: getattr(grid, f.name) for f in dataclasses.fields(grid) if f.name != "cases"}
+    content = report.document(options.suite, rows, {"quick": options.quick, **limits})
+    text = f"{suite.markdown(content['rows'])}\n\n{report.circumstances(content)}"
+    print(text)
+    out = options.out or (None if options.quick else report.RESULTS)
+    if out is not None:
+        report.write(out, options.suite, content, text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

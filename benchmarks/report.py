@@ -1,0 +1,130 @@
+"""Results as JSON with a versioned schema, and as Markdown."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import math
+import os
+import platform
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from invhvp_demo import files
+
+SCHEMA = "invhvp-benchmarks/1"
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("invhvp", "numpy", "scipy", "scikit-learn", "array-api-compat")
+
+
+def document(kind: str, rows: list[dict[str, Any]], settings: dict[str, Any]) -> dict[str, Any]:
+    """What is written: rows, and under which circumstances they were measured."""
+    return {
+        "schema": f"{SCHEMA}/{kind}",
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "machine": machine(),
+        "versions": versions(),
+        "settings": settings,
+        "rows": [_plain(row) for row in rows],
+    }
+
+
+def write(folder: Path, kind: str, content: dict[str, Any], text: str) -> list[Path]:
+    """Write `kind`.json and `kind`.md, each complete or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{kind}.json", folder / f"{kind}.md"]
+    files.write_json(paths[0], content)
+    files.write(paths[1], text + "\n")
+    return paths
+
+
+def machine() -> dict[str, Any]:
+    """What times depend on; nothing that tells which machine it was."""
+    blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
+    threads = {name: os.environ[name] for name in _THREADS if name in os.environ}
+    return {
+        "system": platform.system(),
+        "architecture": platform.machine(),
+        "processors": os.cpu_count(),
+        "python": platform.python_version(),
+        "blas": f"{blas['name']} {blas['version']}",
+        "threads": threads,
+    }
+
+
+_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+
+
+def versions() -> dict[str, str]:
+    """Of the libraries that are installed."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def circumstances(content: dict[str, Any]) -> str:
+    """One line under the tables."""
+    m = content["machine"]
+    threads = ", ".join(f"{k}={v}" for k, v in m["threads"].items()) or "threads not limited"
+    libraries = ", ".join(f"{k} {v}" for k, v in content["versions"].items())
+    return (
+        f"{content['date']}, {m['system']} {m['architecture']}, {m['processors']} processors, "
+        f"{threads}, Python {m['python']}, {m['blas']}, {libraries}. "
+        "Times are of a shared machine: trust ratios within a row, not seconds."
+    )
+
+
+def said(solution: Any) -> str:
+    """The statuses of a `Solution`, without those of zero columns."""
+    status = solution.status if isinstance(solution.status, tuple) else (solution.status,)
+    names = Counter(s.name for s in status)
+    if len(names) > 1:
+        names.pop("ZERO", None)
+    return ", ".join(name for name, _ in names.most_common())
+
+
+def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    rows = [head, ["---"] * len(head), *lines]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def grouped(
+    rows: list[dict[str, Any]], *keys: str
+) -> Iterable[tuple[tuple[Any, ...], list[dict[str, Any]]]]:
+    """Rows by the values of `keys`, in order of appearance."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+    return groups.items()
+
+
+def number(value: float | None) -> str:
+    """Two digits; a dash for nothing."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    return f"{value:.1e}".replace("e-0", "e-").replace("e+0", "e")
+
+
+def mean_ratio(pairs: Sequence[tuple[float, float]]) -> str:
+    """Geometric mean of first over second."""
+    if not pairs:
+        return "–"
+    return f"{statistics.geometric_mean([a / b for a, b in pairs]):.2g}"
+
+
+def _plain(value: Any) -> Any:
+    """Values that strict JSON has: a number that is not finite becomes null."""
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
