@@ -1,4 +1,4 @@
-"""python -m benchmarks forms|methods [--quick] [--out DIR]."""
+"""python -m benchmarks forms|methods [--quick] [--cap SECONDS] [--out DIR]."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("suite", choices=SUITES, help="what to measure")
     parser.add_argument("--quick", action="store_true", help="a small case in a few seconds")
+    parser.add_argument("--cap", type=float, metavar="SECONDS", help="limit of a row")
     parser.add_argument(
         "--out",
         type=Path,
@@ -25,6 +26,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     suite = SUITES[options.suite]
     grid = suite.QUICK if options.quick else suite.FULL
+    if options.cap is not None:
+        grid = dataclasses.replace(grid, max_seconds=options.cap)
     rows = []
     for row in suite.rows(grid):
         rows.append(row)

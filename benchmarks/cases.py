@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import scipy.linalg
-from invhvp_demo import data, model, retrain
 
 import invhvp as ih
 from invhvp import problems
+from invhvp_demo import data, model, retrain
 
 from . import network
 
@@ -43,7 +43,7 @@ def logistic_hessian(n_train: int, *, k: int = 16) -> Curvature:
     """The Hessian of logistic regression on the digits, p = 650."""
     digits, samples, w = _logistic(n_train)
     test = model.Samples(digits.test_images[:k], data.one_hot(digits.test_labels[:k]))
-    A = model.hessian(w, samples)
+    A = model.Hessian(w, samples)
     fisher = ih.RankOneMean(model.gradients(w, samples))
     return Curvature(
         name=f"digits logistic regression, Hessian, p = {len(w)}",

@@ -11,9 +11,9 @@ from functools import cached_property
 
 import numpy as np
 import scipy.optimize
-from invhvp_demo import data
 
 import invhvp as ih
+from invhvp_demo import data
 
 
 @dataclass(frozen=True, eq=False)

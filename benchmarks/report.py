@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import importlib.metadata
 import math
 import os
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from invhvp_demo import files
 
 SCHEMA = "invhvp-benchmarks/1"
@@ -25,16 +26,16 @@ def document(kind: str, rows: list[dict[str, Any]], settings: dict[str, Any]) ->
     """What is written: rows, and under which circumstances they were measured."""
     return {
         "schema": f"{SCHEMA}/{kind}",
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "date": dt.datetime.now(dt.UTC).date().isoformat(),
         "machine": machine(),
         "versions": versions(),
         "settings": settings,
-        "rows": [_plain(row) for row in rows],
+        "rows": rows,
     }
 
 
 def write(folder: Path, kind: str, content: dict[str, Any], text: str) -> list[Path]:
-    """Write `kind`.json and `kind`.md, each complete or not at all."""
+    """Write `kind`.json and `kind`.md, each complete or not at all; NaN becomes null."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{kind}.json", folder / f"{kind}.md"]
     files.write_json(paths[0], content)
@@ -119,12 +120,3 @@ def mean_ratio(pairs: Sequence[tuple[float, float]]) -> str:
     if not pairs:
         return "–"
     return f"{statistics.geometric_mean([a / b for a, b in pairs]):.2g}"
-
-
-def _plain(value: Any) -> Any:
-    """Values that strict JSON has: a number that is not finite becomes null."""
-    if isinstance(value, dict):
-        return {key: _plain(each) for key, each in value.items()}
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

@@ -42,6 +42,11 @@ def empty_like(x: Array) -> Array:
     return namespace(x).zeros((0,), dtype=x.dtype, device=None if is_tracing(x) else device(x))
 
 
+def quiet() -> Any:
+    """Silence NumPy's floating-point warnings: here every failure is judged from values."""
+    return np.errstate(all="ignore")
+
+
 def is_tracing(x: Array) -> bool:
     """Whether `x` is being traced (`jax.jit`), so that its values cannot be looked at."""
     jax = sys.modules.get("jax")

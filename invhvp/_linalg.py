@@ -66,13 +66,17 @@ def column_dot(X: Array, Y: Array, *, reduce: Reduce | None = None) -> Array:
 def column_norms(X: Array, *, reduce: Reduce | None = None) -> Array:
     """Euclidean norms of the columns, as a small float64 array of shape (k,).
 
-    Columns are scaled by their largest entry, so that a right-hand side of size 1e-30 keeps its
-    norm in float32 (its square underflows).
+    Columns are scaled by their largest entry, so that a right-hand side of size 1e-30 in float32
+    (1e-170 in float64) keeps its norm although its square underflows.
     """
     xp = _backend.namespace(X)
-    if _backend.eps(X.dtype) < 2.0**-30 or reduce is not None:
+    if reduce is not None:  # the largest entry of a sharded column is not known here
         square = column_dot(X, X, reduce=reduce)
         return _backend.namespace(square).sqrt(square)
+    if _backend.is_numpy(X) and _backend.eps(X.dtype) < 2.0**-30:
+        square = column_dot(X, X)
+        if bool(xp.all((square > 1e-280) & (square < 1e280))):
+            return xp.sqrt(square)  # the usual case, and a look is free on the host
     largest = xp.max(xp.abs(X), axis=0) if X.shape[0] else xp.zeros_like(X[0, :])
     usable = (largest > 0) & (largest < math.inf)  # Inf stays Inf, without Inf/Inf on the way
     scale = xp.where(usable, largest, xp.ones_like(largest))

@@ -41,11 +41,10 @@ def convergence(
         ax.axhline(rtol, color=NEUTRAL, lw=1, ls="--")
         ax.annotate(
             f"tolerance {rtol:g}",
-            (1, rtol),
+            (0, rtol),
             xycoords=("axes fraction", "data"),
-            xytext=(-4, 4),
+            xytext=(6, 4),
             textcoords="offset points",
-            ha="right",
             color=NEUTRAL,
         )
     ax.set_xlabel("operator-vector products")
@@ -142,7 +141,7 @@ def detection(rankings: Mapping[str, np.ndarray], wrong: np.ndarray, *, ax: Any 
     ax.set(xlim=(0, min(n, 4 * total)), ylim=(0, 1.04 * total))  # the rest is flat
     ax.set_xlabel("labels checked, most suspicious first")
     ax.set_ylabel(f"wrong labels found (of {total})")
-    ax.legend(frameon=False, loc="lower right")
+    ax.legend(frameon=False, loc="center right")
     return _clean(ax)
 
 

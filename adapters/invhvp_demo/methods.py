@@ -55,7 +55,7 @@ ROWS = (
         rtol=RTOL, preconditioner=m.NystroemPreconditioner(rank=64, rng=0))),
     Row("MINRES", "Minres", HESSIAN, lambda m, _: m.Minres(rtol=RTOL)),
     # Stochastic steps would need a hundred times more products; their ranking does not.
-    Row("LiSSA", "LiSSA", HESSIAN, lambda m, _: m.LiSSA(max_products=6_000, rng=0)),
+    Row("LiSSA", "LiSSA", HESSIAN, lambda m, _: m.LiSSA(max_products=4_000, rng=0)),
     Row("Arnoldi", "Arnoldi", HESSIAN, lambda m, _: m.Arnoldi(rank=100, rng=0)),
     Row("NystroemSketch", "NystroemSketch", HESSIAN, lambda m, _: m.NystroemSketch(
         rank=100, rng=0)),

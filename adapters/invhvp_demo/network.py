@@ -119,7 +119,7 @@ def _fit(model: Any, loss: Any, x: Any, y: Any) -> None:
     parameters = list(model.parameters())
     optimizer = torch.optim.LBFGS(
         parameters,
-        max_iter=200,
+        max_iter=120,
         tolerance_grad=1e-6,
         tolerance_change=1e-12,
         line_search_fn="strong_wolfe",

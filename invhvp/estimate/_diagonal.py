@@ -26,6 +26,7 @@ class DiagonalEstimate:
     Attributes:
         values: (n,), unbiased.
         standard_error: (n,), of each value; 0 where the values are exact, inf for one sample.
+            The samples of XDiag share a sketch: theirs is up to √2 too small.
         samples: how many single estimates `values` is the mean of.
         products: operator-vector products spent.
         kind: "exact", "hutchinson" or "xdiag".

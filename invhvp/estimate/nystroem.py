@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -190,11 +191,13 @@ class Sketch:
 
     def clipped(self) -> Model:
         """A positive semidefinite model of any A: negative values dropped, spurious ones cut."""
-        if self.operator.psd or self.looks_positive:
-            return self.positive()
-        model = self._cut(self.signed(), 0.0, positive=True)
+        if self.operator.psd or self.rank == self.n:
+            return self._cut(self.positive(), 0.0, positive=True)
+        model = self.positive() if self.looks_positive else self.signed()
+        model = self._cut(model, 0.0, positive=True)
         if not model.values.size:
             return model
+        # A core that is nearly singular gives eigenvalues that A does not have.
         values = np.minimum(model.values, self.norm())
         return replace(model, values=values, tail=float(np.min(values)))
 
@@ -205,7 +208,8 @@ class Sketch:
         half = _host(T) @ self._gram_vectors
         w, P = np.linalg.eigh((half * core) @ half.T)
         order = np.argsort(-np.abs(w), kind="stable")
-        return Model(vectors=_linalg.combine(W, self._place(P[:, order])), values=w[order])
+        vectors = _linalg.combine(W, self._place(P[:, order]))
+        return Model(vectors=vectors, values=w[order], tail=math.inf)
 
     def _whole(self, shift: float) -> Model | None:
         """With r = n, the eigenvectors of the matrix itself."""
@@ -221,15 +225,13 @@ class Sketch:
     def _cut(self, model: Model, floor: float, *, positive: bool = False) -> Model:
         size = model.values if positive else np.abs(model.values)
         real = np.flatnonzero(size > floor)
-        model = replace(model, tail=float(np.min(size)))
+        model = replace(model, tail=max(0.0, float(np.min(size, initial=model.tail))))
         if real.size == model.values.size:
             return model
         vectors = model.vectors
         xp = _backend.namespace(vectors)
         at = xp.asarray(real, device=_backend.device(vectors))
-        return replace(
-            model, vectors=xp.take(vectors, at, axis=1), values=model.values[real]
-        )
+        return replace(model, vectors=xp.take(vectors, at, axis=1), values=model.values[real])
 
     def _place(self, M: np.ndarray) -> Array:
         return _backend.from_host(np.ascontiguousarray(M), self.operator.like)
@@ -274,8 +276,13 @@ class Sketch:
 
 
 def adaptive_sketch(
-    A: Any, *, target: float, start: int = 16, max_rank: int | None = None,
-    kind: Kind = "gaussian", rng: Any = 0,
+    A: Any,
+    *,
+    target: float,
+    start: int = 16,
+    max_rank: int | None = None,
+    kind: Kind = "gaussian",
+    rng: Any = 0,
 ) -> tuple[Sketch, float]:
     """Double the sketch until ‖A − Â‖ ≤ `target`; the sketch and the error it ended with.
 

@@ -157,8 +157,13 @@ def spectrum(A: Any, *, steps: int = 20, probes: int = 4, rng: Any = 0) -> Spect
         for parts in zip(*map(_quadrature, np.stack(alphas).T, np.stack(betas).T), strict=True)
     )
     return Spectrum(
-        n=n, nodes=nodes, weights=weights, residuals=residuals, eps=eps,
-        products=steps * probes, passes=steps,
+        n=n,
+        nodes=nodes,
+        weights=weights,
+        residuals=residuals,
+        eps=eps,
+        products=steps * probes,
+        passes=steps,
     )
 
 

@@ -44,7 +44,8 @@ def distinct(B: Array, *, merge: bool) -> Columns:
     merge = merge and 1 < k <= _MERGE_UP_TO
     if merge:
         xp = _backend.namespace(norms)
-        unit = _linalg.scale_columns(B, 1 / xp.where(norms > 0, norms, xp.ones_like(norms)))
+        usable = (norms > 0) & xp.isfinite(norms)
+        unit = _linalg.scale_columns(B, 1 / xp.where(usable, norms, xp.ones_like(norms)))
         host = column_look(norms, *_rows(_linalg.gram(unit)))
         norms, cosines = host[0], np.stack(host[1:])
     else:

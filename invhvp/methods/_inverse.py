@@ -77,7 +77,8 @@ class PreparedInverse(LinearOperator):
             if start.shape != columns.shape:
                 msg = f"x0 must have the shape of B, {tuple(columns.shape)}, got {tuple(x0.shape)}"
                 raise ValueError(msg)
-        solution = self._solve(columns, x0=start, callback=callback, progress=progress)
+        with _backend.quiet():
+            solution = self._solve(columns, x0=start, callback=callback, progress=progress)
         if not _backend.is_tracing(columns):
             message = solution.describe()
             if message is not None:
@@ -98,7 +99,8 @@ class PreparedInverse(LinearOperator):
         return B[:, None] if B.ndim == 1 else B
 
     def _matmat(self, X: Array, /) -> Array:
-        solution = self._solve(X)
+        with _backend.quiet():
+            solution = self._solve(X)
         if not _backend.is_tracing(X):
             solution.raise_if_meaningless()
             message = solution.describe()

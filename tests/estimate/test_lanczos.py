@@ -57,7 +57,9 @@ def test_finds_the_wanted_end_of_the_spectrum(backend, which, block):
 def test_ritz_values_interlace(seed, rank, block, dimension):
     spectrum = np.random.default_rng(seed).standard_normal(60) ** 3
     M = matrix(*spectrum, seed=seed)
-    pairs = eigenpairs(ih.Dense(M), rank, block=block, dimension=dimension, rng=seed, which="highest")
+    pairs = eigenpairs(
+        ih.Dense(M), rank, block=block, dimension=dimension, rng=seed, which="highest"
+    )
     w, size = np.sort(spectrum)[::-1], np.max(np.abs(spectrum))
     assert np.all(pairs.values <= w[:rank] + 1e-13 * size)
     assert pairs.lowest >= w[-1] - 1e-13 * size
@@ -163,8 +165,12 @@ def test_the_proof_of_negative_curvature_survives_restarts():
 
 def test_refuses_nonsense():
     A = ih.Identity(200, like=np.zeros(0))
-    for options in ({"rank": 0}, {"rank": 3, "block": 0}, {"rank": 3, "maxiter": 0},
-                    {"rank": 10, "dimension": 11}):
+    for options in (
+        {"rank": 0},
+        {"rank": 3, "block": 0},
+        {"rank": 3, "maxiter": 0},
+        {"rank": 10, "dimension": 11},
+    ):
         with pytest.raises(ValueError):
             eigenpairs(A, **options)
     broken = ih.Callback(lambda X: X * np.nan, 200, like=np.zeros(0))

@@ -41,7 +41,9 @@ def woodbury(M, rank, damping, B):
 def test_is_woodburys_formula(backend, damping):
     A, M = placed(backend, matrix(*DECAY), psd=True)
     B = backend.asarray(rows(3, 80).T)
-    inverse = ih.Arnoldi(rank=6, block=2, krylov_dimension=18, tol=1e-13).prepare(A, damping=damping)
+    inverse = ih.Arnoldi(rank=6, block=2, krylov_dimension=18, tol=1e-13).prepare(
+        A, damping=damping
+    )
     expected = woodbury(M, 6, damping, backend.to_numpy(B))
     allowed = 300 * backend.eps * 10 / damping * np.linalg.norm(expected)
     assert np.linalg.norm(backend.to_numpy(inverse @ B) - expected) <= allowed
