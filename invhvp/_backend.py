@@ -273,8 +273,9 @@ def free_memory(x: Array) -> int:
         return int(sys.modules["torch"].cuda.mem_get_info(x.device)[0])
     if compat.is_cupy_array(x):
         pool = sys.modules["cupy"].get_default_memory_pool()
-        with x.device:
-            return int(x.device.mem_info[0]) + int(pool.free_bytes())
+        card: Any = x.device
+        with card:
+            return int(card.mem_info[0]) + int(pool.free_bytes())
     if compat.is_jax_array(x) and not is_tracing(x):
         stats = next(iter(x.devices())).memory_stats()
         if stats and "bytes_limit" in stats:

@@ -16,19 +16,19 @@ import numpy as np
 import invhvp as ih
 from invhvp import _backend
 
-_PACKAGES = {  # distribution names, and the extra that brings them
-    "numpy": (("numpy",), ""),
-    "scipy": (("scipy",), ""),
-    "array-api-compat": (("array-api-compat",), ""),
-    "torch": (("torch",), "torch"),
-    "jax": (("jax",), "jax"),
-    "cupy": (("cupy", "cupy-cuda12x", "cupy-cuda13x"), "cuda12] or invhvp[cuda13"),
-    "dask": (("dask",), "dask"),
-    "zarr": (("zarr",), "io"),
-    "safetensors": (("safetensors",), "io"),
-    "matplotlib": (("matplotlib",), "plot"),
-    "scikit-learn": (("scikit-learn",), "demo"),
-    "tqdm": (("tqdm",), "demo"),
+_PACKAGES = {  # distribution names, and the extras that bring them
+    "numpy": (("numpy",), ()),
+    "scipy": (("scipy",), ()),
+    "array-api-compat": (("array-api-compat",), ()),
+    "torch": (("torch",), ("torch",)),
+    "jax": (("jax",), ("jax",)),
+    "cupy": (("cupy", "cupy-cuda12x", "cupy-cuda13x"), ("cuda12", "cuda13")),
+    "dask": (("dask",), ("dask",)),
+    "zarr": (("zarr",), ("io",)),
+    "safetensors": (("safetensors",), ("io",)),
+    "matplotlib": (("matplotlib",), ("plot",)),
+    "scikit-learn": (("scikit-learn",), ("demo",)),
+    "tqdm": (("tqdm",), ("demo",)),
 }
 
 
@@ -72,8 +72,9 @@ def _version(names: tuple[str, ...]) -> str | None:
 
 def remedy(name: str) -> str:
     """The command that installs what is missing."""
-    extra = _PACKAGES[name][1]
-    return f"pip install 'invhvp[{extra}]'" if extra else f"pip install {name}"
+    extras = _PACKAGES[name][1]
+    wanted = [f"'invhvp[{extra}]'" for extra in extras] or [name]
+    return f"pip install {' or '.join(wanted)}"
 
 
 def backend(name: str) -> Iterator[str]:

@@ -114,8 +114,9 @@ class Result:
         return f"{self.label}: {'; '.join(told)}" if bad else None
 
 
-def available(rows: tuple[Row, ...] = ROWS) -> list[Row]:
-    """The rows whose methods exist."""
+def available(rows: tuple[Row, ...] | None = None) -> list[Row]:
+    """The rows, by default those of the table, whose methods exist."""
+    rows = ROWS if rows is None else rows
     return [row for row in rows if all(hasattr(ih, name) for name in row.needs.split())]
 
 

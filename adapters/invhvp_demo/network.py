@@ -57,10 +57,23 @@ def missing() -> str | None:
 def study(digits: Digits) -> NetworkResult:
     """Train a small network on the flipped labels, and ask which of them are wrong.
 
+    One thread computes all of it: the layers are small.
+
     The Hessian of a network may have negative eigenvalues; the damping is the L2 term of the
     training objective, at whose minimum the damped Hessian is positive semidefinite, and it is
     raised where the solve finds that it is not.
     """
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _study(digits)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _study(digits: Digits) -> NetworkResult:
     import torch
 
     import invhvp_torch as it

@@ -1,8 +1,9 @@
-"""What went into every call of a linear layer, and the derivative of what came out."""
+"""What went into every call of a layer, and the derivative of what came out."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -10,29 +11,35 @@ from typing import Any
 import torch
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from invhvp.gradients import DenseGradients, GradientMatrix, OuterProductGradients
+from invhvp import _backend
+from invhvp.gradients import GradientMatrix
 
+from . import layers
 from .double_backward import nodes
 from .parameters import Parameters
 
 
+@dataclass(frozen=True)
+class Call:
+    """One call of a layer, with the place in the graph where its output left it."""
+
+    layer: Layer
+    x: torch.Tensor
+    edge: GradientEdge
+
+
 @dataclass(kw_only=True)
-class LinearLayer:
-    """A linear module, the selected parameters in it, and its calls in one forward pass."""
+class Layer:
+    """A module, its rule, and the names of its selected parameters by what it calls them."""
 
-    module: torch.nn.Linear
-    weight: str | None
-    bias: str | None
-    calls: list[tuple[torch.Tensor, GradientEdge]] = field(default_factory=list)
-
-    @property
-    def names(self) -> list[str]:
-        """The names of the selected parameters."""
-        return [name for name in (self.weight, self.bias) if name is not None]
+    module: torch.nn.Module
+    rule: layers.Rule
+    names: dict[str, str]
+    calls: list[Call] = field(default_factory=list)
 
 
-class LinearCalls:
-    """Within `with`, records the calls of all linear layers with selected parameters.
+class Calls:
+    """Within `with`, records the calls of all layers with selected parameters and a known rule.
 
     The derivative of an output is asked for at the edge of the graph where the layer left it:
     what happens to the tensor afterwards, in place or not, does not matter, and no derivative of
@@ -41,29 +48,26 @@ class LinearCalls:
 
     def __init__(self, model: torch.nn.Module, parameters: Parameters) -> None:
         names = {id(p): name for name, p in parameters.named.items()}
-        self.layers: list[LinearLayer] = []
+        self.layers: list[Layer] = []
         for module in model.modules():
-            # A subclass with a forward of its own may do anything with its weight.
-            if not isinstance(module, torch.nn.Linear):
-                continue
-            if type(module).forward is not torch.nn.Linear.forward:
-                continue
+            rule = layers.rule_of(module)
             # Not `module.weight`: a parametrised one is computed, and no parameter.
-            weight = names.get(id(module._parameters.get("weight")))
-            bias = names.get(id(module._parameters.get("bias")))
-            if weight is not None or bias is not None:
-                self.layers.append(LinearLayer(module=module, weight=weight, bias=bias))
+            mine = {key: names.get(id(p)) for key, p in module._parameters.items()}
+            found = {key: name for key, name in mine.items() if name is not None}
+            if rule is not None and found:
+                self.layers.append(Layer(module=module, rule=rule, names=found))
         self._parameters = parameters
         self._handles: list[Any] = []
 
-    def __enter__(self) -> LinearCalls:
+    def __enter__(self) -> Calls:
         for layer in self.layers:
 
             def record(
-                _: torch.nn.Module, inputs: tuple[Any, ...], output: Any, layer: Any = layer
+                _: torch.nn.Module, inputs: tuple[Any, ...], output: Any, layer: Layer = layer
             ) -> None:
                 if inputs and output.requires_grad:
-                    layer.calls.append((inputs[0].detach(), get_gradient_edge(output)))
+                    call = Call(layer, inputs[0].detach(), get_gradient_edge(output))
+                    layer.calls.append(call)
 
             # First of all hooks: another one may replace the output.
             self._handles.append(layer.module.register_forward_hook(record, prepend=True))
@@ -78,43 +82,48 @@ class LinearCalls:
         for handle in self._handles:
             handle.remove()
 
-    def blocks(self, losses: torch.Tensor, allowed: set[str]) -> dict[str, GradientMatrix]:
-        """Gradients of all `allowed` parameters whose every use is a recorded call. One backward.
+    def blocks(self, values: torch.Tensor, allowed: set[str]) -> dict[str, GradientMatrix]:
+        """Gradients of all values (N, C) in the `allowed` parameters that only layers use.
 
-        A use that was not recorded (a tied weight, a functional call) shows in the graph as an
-        edge more into the parameter; such parameters are left out, for others to compute.
+        Rows are those of (N C,): the values of a sample are together. One backward pass for each
+        of the C. A use that was not recorded (a functional call) shows in the graph as an edge
+        more into the parameter; such parameters are left out, for others to compute.
         """
-        uses, reached = self._uses(losses)
-        found: list[tuple[LinearLayer, list[str], list[tuple[torch.Tensor, GradientEdge]]]] = []
-        for layer in self.layers:
-            calls = [call for call in layer.calls if call[1].node in reached]
-            rows = all(a.ndim > 1 and a.shape[0] == losses.shape[0] for a, _ in calls)
-            names = [n for n in layer.names if n in allowed and uses[n] == len(calls)]
-            if calls and rows and names:
-                found.append((layer, names, calls))
-        edges = [edge for _, _, calls in found for _, edge in calls]
-        if not edges:
+        n, columns = values.shape
+        uses, reached = self._uses(values)
+        recorded: Counter[str] = Counter()
+        calls = []
+        for call in (call for layer in self.layers for call in layer.calls):
+            if call.edge.node in reached and call.x.ndim > 1 and call.x.shape[0] == n:
+                calls.append(call)
+                recorded.update(call.layer.names.values())
+        names = {name for name in allowed if uses[name] and uses[name] == recorded[name]}
+        calls = [call for call in calls if names & set(call.layer.names.values())]
+        if not calls:
             return {}
-        slopes = iter(torch.autograd.grad(losses.sum(), edges, retain_graph=True))
-        blocks: dict[str, GradientMatrix] = {}
-        for layer, names, calls in found:
-            inputs = [_terms(a) for a, _ in calls]
-            outputs = [_terms(next(slopes)) for _ in calls]
-            a, d = (
-                parts[0] if len(parts) == 1 else torch.cat(parts, 1) for parts in (inputs, outputs)
-            )
-            if layer.weight in names:
-                blocks[layer.weight] = _weight_block(d, a)
-            if layer.bias in names:
-                blocks[layer.bias] = DenseGradients(d.sum(1))
-        return blocks
+        edges = [call.edge for call in calls]
+        slopes = [
+            torch.autograd.grad(values[:, c].sum(), edges, retain_graph=True)
+            for c in range(columns)
+        ]
+        parts: dict[str, list[layers.Part]] = {}
+        for call, found in zip(calls, zip(*slopes, strict=True), strict=True):
+            added = _added(call, found, n)
+            for key, name in call.layer.names.items():
+                if key in added:
+                    parts.setdefault(name, []).append(added[key])
+                else:
+                    names.discard(name)
+        sizes = {name: self._parameters.layout[name].size for name in names}
+        blocks = {name: layers.block(parts[name]) for name in names}
+        return {name: block for name, block in blocks.items() if block.shape[1] == sizes[name]}
 
-    def _uses(self, losses: torch.Tensor) -> tuple[Counter[str], set[Any]]:
+    def _uses(self, values: torch.Tensor) -> tuple[Counter[str], set[Any]]:
         """How often each parameter enters the graph, and all nodes of the graph."""
         names = {id(p): name for name, p in self._parameters.named.items()}
         uses: Counter[str] = Counter()
         reached = set()
-        for node in nodes(losses):
+        for node in nodes(values):
             reached.add(node)
             for following, _ in node.next_functions:
                 variable = getattr(following, "variable", None)
@@ -123,14 +132,16 @@ class LinearCalls:
         return uses, reached
 
 
-def _terms(t: torch.Tensor) -> torch.Tensor:
-    """(N, ..., m) as (N, T, m)."""
-    return t.reshape(t.shape[0], -1, t.shape[-1])
-
-
-def _weight_block(d: torch.Tensor, a: torch.Tensor) -> GradientMatrix:
-    """Σ_t d_it a_itᵀ, kept factored unless the products are smaller than their factors."""
-    T, o, i = d.shape[1], d.shape[2], a.shape[2]
-    if T * (o + i) <= o * i:
-        return OuterProductGradients(output_grads=d, inputs=a)
-    return DenseGradients(torch.bmm(d.mT, a).reshape(d.shape[0], o * i))
+def _added(
+    call: Call, slopes: tuple[torch.Tensor, ...], n: int
+) -> Mapping[str, layers.Part]:
+    """What one call adds to the parameters of its layer; nothing where its rule does not fit."""
+    if slopes[0].shape[0] != n:
+        return {}
+    d = slopes[0] if len(slopes) == 1 else torch.stack(slopes, 1).flatten(0, 1)
+    try:
+        return call.layer.rule(call.layer.module, call.x, d)
+    except (RuntimeError, ValueError, IndexError) as error:
+        if _backend.is_out_of_memory(error):
+            raise
+        return {}  # another shape than the layer's usual one: others compute it

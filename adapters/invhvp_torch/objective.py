@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -12,6 +12,7 @@ from invhvp import _backend
 
 from . import samples
 from .evaluation import quiet_vmap
+from .observed import Observed
 
 Loss: TypeAlias = Callable[[Any, Any], torch.Tensor]
 BatchLoss: TypeAlias = Callable[[torch.nn.Module, Any], torch.Tensor]
@@ -26,12 +27,14 @@ class Objective:
         loss: loss(output, target), reduced over the batch as `reduction` says.
         batch_loss: instead of `loss`, f(model, batch) → per-sample losses (N,).
         reduction: "mean", "sum" or "none" (per-sample losses (N,)), what `loss` does.
+        observed: whether to note what the model gave out within `batch_loss`.
     """
 
     model: torch.nn.Module
     loss: Loss | None
     batch_loss: BatchLoss | None
     reduction: Reduction = "mean"
+    observed: bool = False
     _vmap: bool = field(default=True, init=False)
 
     def __post_init__(self) -> None:
@@ -44,12 +47,14 @@ class Objective:
     def forward(self, batch: Any) -> Forward:
         """Run the model on a batch."""
         if self.batch_loss is not None:
-            losses = self.batch_loss(self.model, batch)
+            with Observed(self.model, active=self.observed) as observed:
+                losses = self.batch_loss(self.model, batch)
             if not isinstance(losses, torch.Tensor) or losses.ndim != 1:
                 got = tuple(losses.shape) if isinstance(losses, torch.Tensor) else type(losses)
                 msg = f"batch_loss must return one loss a sample, a tensor (N,), got {got}"
                 raise ValueError(msg)
-            return Forward(objective=self, n=losses.shape[0], given=losses)
+            output = observed.output() if self.observed else None
+            return Forward(objective=self, n=losses.shape[0], given=losses, output=output)
         x, y, weight = _parts(batch)
         n = next(samples.tensors(y)).shape[0]
         first = next(samples.tensors(x), None)
@@ -109,6 +114,21 @@ class Forward:
         else:
             losses = self.objective.singles(self.output, self.target)
         return losses if self.weight is None else self.weight * losses
+
+    def unweighted(self) -> torch.Tensor:
+        """ℓ_i (N,)."""
+        return self.losses() if self.weight is None else replace(self, weight=None).losses()
+
+    def leaves(self) -> list[torch.Tensor]:
+        """The floating tensors of the output, each with one row a sample."""
+        leaves = [t for t in samples.tensors(self.output) if t.dtype.is_floating_point]
+        if self.given is not None:  # a model may give out more than the loss uses
+            leaves = [t for t in leaves if t.ndim > 0 and t.shape[0] == self.n]
+        return leaves
+
+    def flat(self) -> torch.Tensor:
+        """The outputs of a sample as one row (N, m)."""
+        return torch.cat([t.reshape(self.n, -1) for t in self.leaves()], 1)
 
     def rows(self) -> list[torch.Tensor]:
         """What the model made of every sample: its outputs, or the losses where they are given."""

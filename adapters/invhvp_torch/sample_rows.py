@@ -35,24 +35,33 @@ def graph_rows(
 
 
 def vmap_rows(
-    objective: Objective, parameters: Parameters, names: list[str], batch: Any
+    objective: Objective,
+    parameters: Parameters,
+    names: list[str],
+    batch: Any,
+    seeds: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor] | None:
-    """Rows (N, size) of ∇ℓ_i, all samples at once; None where the model cannot be vmapped."""
+    """Rows (N, size) of ∇ℓ_i, all samples at once; None where the model cannot be vmapped.
+
+    With `seeds` (N, m) rows of ∇⟨seed_i, output_i⟩ instead.
+    """
     bound = _Bound(objective)
     values = {f"_objective_model.{name}": parameters.named[name].detach() for name in names}
 
-    def loss(values: dict[str, torch.Tensor], sample: Any) -> torch.Tensor:
+    def scalar(values: dict[str, torch.Tensor], sample: Any, seed: Any) -> torch.Tensor:
         alone = samples.map_tensors(lambda t: t[None], sample)
-        return functional_call(bound, values, (alone,))
+        return functional_call(bound, values, (alone, seed))
 
     rows = next(samples.tensors(batch)).shape[0]
     size = sum(value.numel() for value in values.values()) * parameters.like.element_size()
     # Beside the result: as much again in pieces, and activations that are not known here.
     budget = _backend.free_memory(parameters.like) // 8
     chunk = int(max(1, min(rows, 256, budget // max(1, size))))
+    in_dims = (None, 0, None if seeds is None else 0)
     try:
         with quiet_vmap():
-            result = vmap(grad(loss), in_dims=(None, 0), chunk_size=chunk)(values, batch)
+            compute = vmap(grad(scalar), in_dims=in_dims, chunk_size=chunk)
+            result = compute(values, batch, seeds)
     except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
         if _backend.is_out_of_memory(error):
             raise
@@ -61,12 +70,13 @@ def vmap_rows(
 
 
 class _Bound(torch.nn.Module):
-    """The loss of one sample as a module, so that `functional_call` can replace parameters."""
+    """A scalar of one sample as a module, so that `functional_call` can replace parameters."""
 
     def __init__(self, objective: Objective) -> None:
         super().__init__()
         self._objective = objective
         self._objective_model = objective.model
 
-    def forward(self, batch: Any) -> torch.Tensor:
-        return self._objective.forward(batch).total()
+    def forward(self, batch: Any, seed: torch.Tensor | None) -> torch.Tensor:
+        forward = self._objective.forward(batch)
+        return forward.total() if seed is None else (forward.flat()[0, :] * seed).sum()

@@ -9,3 +9,4 @@ from .lanczos import eigenpairs as eigenpairs
 from .nystroem import Sketch as Sketch
 from .spectrum import Spectrum as Spectrum
 from .spectrum import spectrum as spectrum
+from .norm import operator_norm as operator_norm

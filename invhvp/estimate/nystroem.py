@@ -23,8 +23,8 @@ class Model:
     """Â = U diag(values) Uᵀ − shift·I.
 
     Attributes:
-        vectors: orthonormal U (n, r); as many as rise above rounding.
-        values: (r,) descending, float64 on the host.
+        vectors: orthonormal U (n, r), as many as rise above rounding.
+        values: (r,) descending by size, float64 on the host.
         shift: 0, or the μ of a sketch of A + μI.
         tail: the least value sketched, kept or not; about 0 where the rank of A was reached.
     """
@@ -69,8 +69,11 @@ class Sketch:
     """
 
     def __init__(self, A: Any, rank: int, *, kind: Kind = "gaussian", rng: Any = 0) -> None:
-        check_kind(kind)
+        if kind not in get_args(Kind):
+            msg = f"sketch must be one of {get_args(Kind)}, got {kind!r}"
+            raise ValueError(msg)
         self.operator = as_operator(A)
+        self.n = self.operator.shape[0]
         self.kind = kind
         self.products = self.passes = 0
         self.asymmetry = 0.0
@@ -85,26 +88,19 @@ class Sketch:
         self.grow(rank)
 
     @property
-    def n(self) -> int:
-        """Number of parameters."""
-        return self.operator.shape[0]
-
-    @property
     def rank(self) -> int:
         """Columns sketched so far."""
         return 0 if self.test is None else self.test.shape[1]
-
-    # ----------------------------------------------------------------------------- the sketch
 
     def grow(self, columns: int) -> None:
         """Sketch more columns, orthogonal to those that are there."""
         columns = min(columns, self.n - self.rank)
         if columns < 1:
             return
-        xp = _backend.namespace(self.operator.like)
         new = self._test_columns(columns)
         Y = self._product(new)
         if self.test is not None:
+            xp = _backend.namespace(Y)
             new, Y = (xp.concat(pair, axis=1) for pair in ((self.test, new), (self.image, Y)))
         self.test, self.image = new, Y
         gram = _host(_linalg.gram(self.test, self.image))
@@ -143,8 +139,6 @@ class Sketch:
         """Forget Ω and Y (2·n·r numbers); the models made so far remain."""
         self.test = self.image = None
 
-    # ----------------------------------------------------------------------------- the models
-
     @property
     def looks_positive(self) -> bool:
         """Whether ΩᵀAΩ is positive semidefinite to rounding."""
@@ -152,8 +146,10 @@ class Sketch:
 
     def lowest_direction(self) -> tuple[Array, float]:
         """The unit vector of least curvature in the span of Ω, and its Rayleigh quotient."""
-        vector = _linalg.combine(self.test, self._place(self._gram_vectors[:, :1]))
-        return vector[:, 0], float(self._gram[0])
+        return self._span(self._gram_vectors[:, :1])[:, 0], float(self._gram[0])
+
+    def _span(self, M: np.ndarray) -> Array:
+        return _linalg.combine(self.test, self._place(M))
 
     def positive(self, shift: float = 0.0) -> Model:
         """The Nyström model of A + shift·I, which has to be positive semidefinite.
@@ -165,8 +161,7 @@ class Sketch:
         return self._models[shift]
 
     def _positive(self, shift: float) -> Model:
-        # Enough to hide rounding in the core; from the spectral norm, so that it does not grow
-        # with n. It is taken off the eigenvalues again.
+        # It hides rounding in the core without growing with n, and is taken off again.
         nu = 2 * self._eps * (self.size + shift)
         while not self._gram[0] + shift + nu > self._eps * (self.size + shift):
             if nu > self.size + shift or nu == 0:
@@ -215,11 +210,10 @@ class Sketch:
         """With r = n, the eigenvectors of the matrix itself."""
         if self.rank < self.n:
             return None
-        order = np.argsort(-np.abs(self._gram + shift), kind="stable")
-        vectors = _linalg.combine(self.test, self._place(self._gram_vectors[:, order]))
-        values = self._gram[order] + shift
-        if self.operator.psd:
-            values = np.maximum(values, 0.0)
+        values = self._gram + shift
+        values = np.maximum(values, 0.0) if self.operator.psd else values
+        order = np.argsort(-np.abs(values), kind="stable")
+        vectors, values = self._span(self._gram_vectors[:, order]), values[order]
         return Model(vectors=vectors, values=values, shift=shift, tail=float(np.min(values)))
 
     def _cut(self, model: Model, floor: float, *, positive: bool = False) -> Model:
@@ -230,13 +224,11 @@ class Sketch:
             return model
         vectors = model.vectors
         xp = _backend.namespace(vectors)
-        at = xp.asarray(real, device=_backend.device(vectors))
-        return replace(model, vectors=xp.take(vectors, at, axis=1), values=model.values[real])
+        vectors = xp.take(vectors, xp.asarray(real, device=_backend.device(vectors)), axis=1)
+        return replace(model, vectors=vectors, values=model.values[real])
 
     def _place(self, M: np.ndarray) -> Array:
         return _backend.from_host(np.ascontiguousarray(M), self.operator.like)
-
-    # -------------------------------------------------------------------------- measured on A
 
     def norm(self, *, steps: int = 3) -> float:
         """A lower bound on ‖A‖₂ by power iteration from the top of the signed model.
@@ -299,13 +291,6 @@ def adaptive_sketch(
         if not error > target or sketch.rank >= most:
             return sketch, error
         sketch.grow(min(sketch.rank, most - sketch.rank))
-
-
-def check_kind(kind: str) -> None:
-    """Raise ValueError for a test matrix that there is not."""
-    if kind not in get_args(Kind):
-        msg = f"sketch must be one of {get_args(Kind)}, got {kind!r}"
-        raise ValueError(msg)
 
 
 def _host(x: Array) -> np.ndarray:

@@ -77,7 +77,7 @@ class Spectrum:
         return self.integrate(share)
 
     def logdet(self, damping: float) -> Estimate:
-        """The log-determinant of A + λI. Raises IndefiniteError where a node proves A + λI indefinite."""
+        """The log-determinant of A + λI. Raises IndefiniteError where it is not positive."""
         _check_positive(damping)
         if self.smallest + damping <= 0 and self.smallest < -10 * self.eps * self.largest:
             msg = (

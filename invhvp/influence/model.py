@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from .. import _backend, _linalg
 from ..gradients import GradientMatrix
 from ..protocols import Array
 from ..solution import Solution
+from . import certificates
+from .certificates import CertifiedScores, SelfInfluenceBounds
+from .curve import DampingCurve, damping_curve
 from .topk import TopK, top_k
 
 _BLOCK = 128  # right-hand sides solved together: the widest block that still pays in BlockCG
@@ -86,6 +89,82 @@ class Influence:
     def top_k(self, test: GradientMatrix, /, k: int = 10) -> TopK:
         """The k most helpful and k most harmful training samples of each test sample."""
         return top_k(self.scores(test), k)
+
+    def certified_scores(
+        self, test: GradientMatrix, /, *, correct: bool = False
+    ) -> CertifiedScores:
+        """Scores with a guaranteed error bar on each of them.
+
+        The plain score g_trainᵀx_test is off by at most ‖g_train‖/√λ times the certified error
+        ‖e_test‖ in the A-norm. With `correct=True` the training samples are solved for too, and
+        a score becomes g_trainᵀx_test + x_trainᵀr_test, off by at most ‖e_train‖·‖e_test‖,
+        wherever that is the smaller bound: loose solves then give twice their digits.
+
+        Bounds hold for an operator that is positive semidefinite and λ > 0, with rounding
+        included; elsewhere they are inf, and `note` says why.
+
+        Raises as `scores`. Cost: n_test right-hand sides; with `correct=True` n_train more, one
+        product each for the residual, and 2·p·n_test numbers.
+
+        Example:
+            >>> import numpy as np, invhvp as ih
+            >>> G = ih.DenseGradients(np.eye(3))
+            >>> inverse = ih.BlockCG().prepare(ih.RankOneMean(G), damping=1.0)
+            >>> certified = ih.Influence(inverse, G).certified_scores(G[:1])
+            >>> bool(abs(certified.scores[0, 0] - 0.75) <= certified.error_bounds[0, 0] < 1e-12)
+            True
+        """
+        _check(test, self.inverse, "test")
+        certificate = certificates.Certificate(self.inverse, self.train)
+        own, other = _blocks(self.train.shape[0]), _blocks(test.shape[0])
+        if correct:
+            return certificates.corrected_scores(certificate, self.train, test, own, other)
+        return certificates.plain_scores(certificate, self.train, test, other)
+
+    def self_influence_bounds(self) -> SelfInfluenceBounds:
+        """Guaranteed lower and upper bounds on gᵢᵀ(A + λI)⁻¹gᵢ of every training sample.
+
+        For any x with residual r = g − (A + λI)x and A positive semidefinite,
+        gᵀx + xᵀr ≤ gᵀ(A + λI)⁻¹g ≤ gᵀx + xᵀr + ‖r‖²/λ. Rounding is included; where A is not
+        known to be positive semidefinite or λ = 0 the bounds are infinite, and `note` says why.
+
+        Cost: n_train right-hand sides and one product more for each of them.
+
+        Example:
+            >>> import numpy as np, invhvp as ih
+            >>> G = ih.DenseGradients(np.eye(3))
+            >>> inverse = ih.CG(maxiter=1).prepare(ih.RankOneMean(G), damping=1.0)
+            >>> bounds = ih.Influence(inverse, G).self_influence_bounds()
+            >>> bool(np.all((bounds.lower <= 0.75) & (0.75 <= bounds.upper)))
+            True
+        """
+        certificate = certificates.Certificate(self.inverse, self.train)
+        blocks = _blocks(self.train.shape[0])
+        return certificates.self_influence_bounds(certificate, self.train, blocks)
+
+    def damping_curve(self, test: GradientMatrix, dampings: Sequence[float], /) -> DampingCurve:
+        """Scores along λ, and how much neighbouring λ agree on the order of training samples.
+
+        Factorised and low-rank inverses give every λ without new products (`with_damping`). CG
+        and BlockCG without a preconditioner solve for all λ in one Krylov space (`solve_path`),
+        at the products of the smallest. Any other inverse is solved again for each λ.
+
+        Args:
+            test: gradients of the test samples.
+            dampings: λ > 0, in the order in which neighbours are compared.
+
+        Raises as `scores`, for the λ at which an answer would be meaningless.
+
+        Example:
+            >>> import numpy as np, invhvp as ih
+            >>> G = ih.DenseGradients(np.diag([1.0, 2.0, 3.0]) + 0.1)
+            >>> inverse = ih.BlockCG(rtol=1e-10).prepare(ih.RankOneMean(G), damping=1.0)
+            >>> curve = ih.Influence(inverse, G).damping_curve(G[:2], [1.0, 0.1, 0.01])
+            >>> curve.scores.shape, curve.rank_correlations.shape
+            ((3, 2, 3), (2, 2))
+        """
+        _check(test, self.inverse, "test")
+        return damping_curve(self, test, dampings)
 
     def _bilinear(self) -> Any:
         return getattr(getattr(self.inverse, "map", None), "bilinear", None)

@@ -1,5 +1,7 @@
 """One method a file: this folder is the menu."""
 
+from ._fixed_map import MapInverse as MapInverse
+from ._inverse import PreparedInverse as PreparedInverse
 from .arnoldi import Arnoldi as Arnoldi
 from .block_cg import BlockCG as BlockCG
 from .cg import CG as CG

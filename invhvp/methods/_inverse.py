@@ -46,7 +46,9 @@ class PreparedInverse(LinearOperator):
         self.shift = as_shift(damping, A)
         self.products = products
 
-    def _solve(self, B: Array, **options: Any) -> Solution:
+    def _solve(
+        self, B: Array, *, x0: Array | None = None, callback: Any = None, progress: bool = False
+    ) -> Solution:
         raise NotImplementedError
 
     def solve(

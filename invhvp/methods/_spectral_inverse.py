@@ -151,10 +151,13 @@ def woodbury(
     if not smallest(shift) > 0:
         msg = "a low-rank model with block-wise damping needs λ > 0 in every block"
         raise SingularError(msg)
+    assert A.layout is not None, "only a layout gives λ by block"
+    layout = A.layout
     _check_blockwise(vectors, values, shift, hint)
-    return LowRank(vectors, _backend.from_host(values, vectors), layout=A.layout).inverse(
-        {name: float(_backend.to_host(A.layout.take(shift, name))[0]) for name in A.layout.names}
-    )
+    blocks = {
+        name: float(_backend.to_host(layout.take(shift, name)[:1])[0]) for name in layout.names
+    }
+    return LowRank(vectors, _backend.from_host(values, vectors), layout=layout).inverse(blocks)
 
 
 def _check_blockwise(U: Array, values: np.ndarray, d: Array, hint: str) -> None:

@@ -165,6 +165,8 @@ def _chosen(vectors: Array, values: np.ndarray, mask: np.ndarray) -> tuple[Array
 def _check_lowest(pairs: Eigenpairs, shift: float | Array) -> None:
     """Raise IndefiniteError where a direction met on the way proves A + λI indefinite."""
     p = pairs.lowest_vector
+    if p is None:
+        return
     damped = float(_backend.to_host(_linalg.column_dot(p, shifted(p, shift)))[0])
     if pairs.lowest + damped <= 0:
         raise indefinite(p[:, 0], pairs.lowest, damped, _HINT)

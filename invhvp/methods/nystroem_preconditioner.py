@@ -35,8 +35,9 @@ class NystroemPreconditioner:
         rng: seed of the sketch.
 
     Raises ConvergenceError where A returns NaN.
-    Cost: `rank` products in one pass to prepare (3 more for an A not declared psd; 6 for each doubling
-    of an adaptive rank), 8·n·rank² flops, memory 3·n·rank, then n·rank; 4·n·rank flops a column.
+    Cost: `rank` products in one pass to prepare, 3 more for an A not declared psd, 6 for each
+    doubling of an adaptive rank; 8·n·rank² flops, memory 3·n·rank, then n·rank; 4·n·rank flops a
+    column.
 
     Source: Frangella, Tropp & Udell (2023), Randomized Nyström preconditioning, equation 1.3,
     scaled to be an inverse.

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from .. import _backend, _linalg
-from ..estimate.nystroem import Kind, Model, Sketch, adaptive_sketch, check_kind
+from ..estimate.nystroem import Kind, Model, Sketch, adaptive_sketch
 from ..operators import LinearOperator, LowRank, as_operator
 from ..operators.damping import as_shift, shifted, smallest
 from ..protocols import Array, Damping
@@ -161,7 +161,9 @@ def make_sketch(method: Any, A: LinearOperator, target: float) -> tuple[Sketch, 
 
 def check_options(method: Any) -> None:
     """Raise ValueError for options that mean nothing."""
-    check_kind(method.sketch)
+    if method.sketch not in get_args(Kind):
+        msg = f"sketch must be one of {get_args(Kind)}, got {method.sketch!r}"
+        raise ValueError(msg)
     rank = method.rank
     if rank != "adaptive" and (isinstance(rank, str) or rank < 1):
         msg = f'rank must be at least 1 or "adaptive", got {rank!r}'

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..operators import LinearOperator, as_operator
-from ..protocols import Damping, Inverse, Method
+from ..protocols import Damping, Method
 from ._fixed_map import MapInverse
 from .direct import Direct
 
@@ -69,13 +69,12 @@ class Fixed:
         return _borrowed(self, A, damping, self.inverse)
 
 
-def _borrowed(method: Any, A: LinearOperator, damping: Damping, inverse: Inverse) -> MapInverse:
-    map_ = getattr(inverse, "map", inverse)
+def _borrowed(method: Any, A: LinearOperator, damping: Damping, inverse: Any) -> MapInverse:
     return MapInverse(
         method,
         A,
         damping,
-        map_,
+        as_operator(getattr(inverse, "map", inverse), like=A.like),
         exact=False,
         products=getattr(inverse, "products", 0),
         definite=bool(inverse.fixed_spd),

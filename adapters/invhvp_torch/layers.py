@@ -1,0 +1,194 @@
+"""What each kind of layer adds to its parameters' gradients, from what went in and came back.
+
+A rule takes the module, its input x (N, ...) and the derivatives d (N C, ...) in its output, for
+C scalars a sample, those of one sample together. Sizes come from the weight tensor.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from invhvp.gradients import (
+    DenseGradients,
+    GradientMatrix,
+    OuterProductGradients,
+    StackedGradients,
+)
+
+
+@dataclass(frozen=True)
+class Outer:
+    """Rows vec(Σ_t d_t a_tᵀ), by groups of channels; d and a may have N or N C rows each."""
+
+    d: torch.Tensor  # (·, T, groups · o)
+    a: torch.Tensor  # (·, T, groups · i)
+    groups: int = 1
+
+    def joined(self, other: Outer) -> Outer | None:
+        """The sum of both, as more terms; None where their shapes differ."""
+        same = self.groups == other.groups and all(
+            x.shape[0] == y.shape[0] and x.shape[2] == y.shape[2]
+            for x, y in ((self.d, other.d), (self.a, other.a))
+        )
+        if not same:
+            return None
+        d, a = torch.cat([self.d, other.d], 1), torch.cat([self.a, other.a], 1)
+        return Outer(d, a, self.groups)
+
+    @property
+    def is_small(self) -> bool:
+        """Whether the factors take less memory than the rows."""
+        T, o, i = self.d.shape[1], self.d.shape[2], self.a.shape[2]
+        return T * (o + i) <= o * i // self.groups
+
+    def rows(self) -> torch.Tensor:
+        """The rows themselves."""
+        n = math.gcd(self.d.shape[0], self.a.shape[0])
+        d, a = (
+            t.reshape(n, -1, t.shape[1], self.groups, t.shape[2] // self.groups).movedim(3, 2)
+            for t in (self.d, self.a)
+        )
+        rows = d.mT @ a  # (n, C, groups, o, i)
+        return rows.reshape(rows.shape[0] * rows.shape[1], -1)
+
+    def factored(self) -> GradientMatrix:
+        """The factors, one pair of them a group."""
+        most = max(self.d.shape[0], self.a.shape[0])
+        d, a = (
+            t if t.shape[0] == most else t.repeat_interleave(most // t.shape[0], 0)
+            for t in (self.d, self.a)
+        )
+        if self.groups == 1:
+            return OuterProductGradients(output_grads=d, inputs=a)
+        pairs = zip(d.chunk(self.groups, 2), a.chunk(self.groups, 2), strict=True)
+        blocks = [OuterProductGradients(output_grads=d, inputs=a) for d, a in pairs]
+        return StackedGradients({f"group {g}": block for g, block in enumerate(blocks)})
+
+
+Part: TypeAlias = Outer | torch.Tensor
+Rule: TypeAlias = Callable[[Any, torch.Tensor, torch.Tensor], Mapping[str, Part]]
+
+
+def block(parts: list[Part]) -> GradientMatrix:
+    """The sum of what all calls add to one parameter, in its smaller form."""
+    total = parts[0]
+    for part in parts[1:]:
+        both = None
+        if isinstance(total, Outer) and isinstance(part, Outer):
+            both = total.joined(part)
+        total = _rows(total) + _rows(part) if both is None else both
+    if isinstance(total, Outer) and total.is_small:
+        return total.factored()
+    return DenseGradients(_rows(total))
+
+
+def _rows(part: Part) -> torch.Tensor:
+    return part.rows() if isinstance(part, Outer) else part
+
+
+def rule_of(module: nn.Module) -> Rule | None:
+    """How the gradients of a module's parameters come about; None where nothing is known.
+
+    A subclass with a forward of its own may do anything with its weight.
+    """
+    for kind, rule in _RULES.items():
+        if isinstance(module, kind):
+            return rule if type(module).forward is kind.forward else None
+    if type(module).__name__ == "Conv1D" and getattr(module, "weight", torch.empty(0)).ndim == 2:
+        return _transposed_linear  # of transformers: the weight is (in, out)
+    return None
+
+
+def _terms(t: torch.Tensor) -> torch.Tensor:
+    """(N, ..., m) as (N, T, m)."""
+    return t.reshape(t.shape[0], -1, t.shape[-1])
+
+
+def _linear(module: nn.Linear, x: torch.Tensor, d: torch.Tensor) -> Mapping[str, Part]:
+    d = _terms(d)
+    return {"weight": Outer(d, _terms(x)), "bias": d.sum(1)}
+
+
+def _transposed_linear(module: nn.Module, x: torch.Tensor, d: torch.Tensor) -> Mapping[str, Part]:
+    d = _terms(d)
+    return {"weight": Outer(_terms(x), d), "bias": d.sum(1)}
+
+
+def _convolution(module: Any, x: torch.Tensor, d: torch.Tensor) -> Mapping[str, Part]:
+    shape = module.weight.shape
+    d = d.flatten(2).mT
+    a = _patches(module, x, shape[2:])
+    return {"weight": Outer(d, a, x.shape[1] // shape[1]), "bias": d.sum(1)}
+
+
+def _patches(module: Any, x: torch.Tensor, kernel: torch.Size) -> torch.Tensor:
+    """What the kernel is applied to, (N, T, channels · kernel)."""
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    x = F.pad(x, module._reversed_padding_repeated_twice, mode=mode)
+    steps = zip(kernel, module.stride, module.dilation, strict=True)
+    for axis, (size, stride, dilation) in enumerate(steps, start=2):
+        x = x.unfold(axis, (size - 1) * dilation + 1, stride)[..., ::dilation]
+    x = x.movedim(1, 1 + len(kernel))  # (N, places..., channels, kernel...)
+    return x.flatten(1 + len(kernel)).flatten(1, len(kernel))
+
+
+def _embedding(module: nn.Embedding, x: torch.Tensor, d: torch.Tensor) -> Mapping[str, Part]:
+    words, size = module.weight.shape
+    x, d = x.reshape(x.shape[0], -1), d.reshape(d.shape[0], -1, size)
+    chosen = F.one_hot(x, words).to(d.dtype)
+    if module.padding_idx is not None:
+        chosen[..., module.padding_idx] = 0.0  # our own
+    return {"weight": Outer(chosen, d)}
+
+
+def _scale_and_shift(
+    x: torch.Tensor, d: torch.Tensor, axes: tuple[int, ...]
+) -> Mapping[str, Part]:
+    """Of y = scale · x + shift, where both are constant along `axes` of x."""
+    d = d.unflatten(0, (x.shape[0], -1))
+    products = d * x[:, None, ...]
+    over = tuple(axis + 1 for axis in axes)
+    return {
+        name: (t.sum(over) if over else t).flatten(2).flatten(0, 1)
+        for name, t in (("weight", products), ("bias", d))
+    }
+
+
+def _layer_norm(module: Any, x: torch.Tensor, d: torch.Tensor) -> Mapping[str, Part]:
+    axes = tuple(range(1, x.ndim - module.weight.ndim))
+    return _scale_and_shift(F.layer_norm(x, module.weight.shape, eps=module.eps), d, axes)
+
+
+def _rms_norm(module: Any, x: torch.Tensor, d: torch.Tensor) -> Mapping[str, Part]:
+    axes = tuple(range(1, x.ndim - module.weight.ndim))
+    return _scale_and_shift(F.rms_norm(x, module.weight.shape, eps=module.eps), d, axes)
+
+
+def _group_norm(module: nn.GroupNorm, x: torch.Tensor, d: torch.Tensor) -> Mapping[str, Part]:
+    normal = F.group_norm(x, module.num_groups, eps=module.eps)
+    return _scale_and_shift(normal, d, tuple(range(2, x.ndim)))
+
+
+def _batch_norm(module: Any, x: torch.Tensor, d: torch.Tensor) -> Mapping[str, Part]:
+    normal = F.batch_norm(x, module.running_mean, module.running_var, eps=module.eps)
+    return _scale_and_shift(normal, d, tuple(range(2, x.ndim)))
+
+
+_RULES: dict[Any, Rule] = {
+    nn.Linear: _linear,
+    nn.Conv1d: _convolution,
+    nn.Conv2d: _convolution,
+    nn.Conv3d: _convolution,
+    nn.Embedding: _embedding,
+    nn.LayerNorm: _layer_norm,
+    nn.RMSNorm: _rms_norm,
+    nn.GroupNorm: _group_norm,
+    nn.modules.batchnorm._BatchNorm: _batch_norm,
+}

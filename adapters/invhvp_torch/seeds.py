@@ -1,0 +1,85 @@
+"""Which scalars of a sample are differentiated: its loss, or its outputs times fixed numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+
+from .objective import Forward
+from .output_curvature import output_curvature
+
+
+@dataclass(frozen=True)
+class Seeds:
+    """C scalars a sample: ⟨vectors_ic, output_i⟩, or the losses w_i ℓ_i themselves.
+
+    Args:
+        vectors: (N, C, m), or None for the losses.
+        scale: (N,), what the losses are multiplied with, if anything.
+    """
+
+    vectors: torch.Tensor | None = None
+    scale: torch.Tensor | None = None
+
+    @property
+    def count(self) -> int:
+        """C."""
+        return 1 if self.vectors is None else self.vectors.shape[1]
+
+    def values(self, forward: Forward) -> torch.Tensor:
+        """The scalars (N, C), with their graph."""
+        if self.vectors is not None:
+            return (self.vectors @ forward.flat()[:, :, None])[:, :, 0]
+        if self.scale is None:
+            return forward.losses()[:, None]
+        return (self.scale * forward.unweighted())[:, None]
+
+    def take(self, rows: torch.Tensor) -> Seeds:
+        """Those of some samples."""
+        vectors = None if self.vectors is None else self.vectors[rows, :, :]
+        return Seeds(vectors, None if self.scale is None else self.scale[rows])
+
+
+Source: TypeAlias = Callable[[Forward, int], Seeds]
+"""The seeds of a batch, from its forward pass and its number."""
+
+
+def of_losses(forward: Forward, index: int) -> Seeds:
+    """w_i ℓ_i: the per-sample gradients themselves."""
+    return Seeds()
+
+
+def of_empirical_fisher(forward: Forward, index: int) -> Seeds:
+    """√w_i ℓ_i, so that products of two gradients carry the weight w_i."""
+    if forward.weight is None:
+        return Seeds()
+    if bool((forward.weight < 0).any()):
+        raise ValueError("sample weights must not be negative here: the curvature is a mean")
+    return Seeds(scale=forward.weight.sqrt())
+
+
+def of_gauss_newton(forward: Forward, index: int) -> Seeds:
+    """The root of the output Hessian: as many scalars as it has columns."""
+    return Seeds(output_curvature(forward).root())
+
+
+@dataclass(frozen=True)
+class OfSampledFisher:
+    """Gradients at labels drawn from the model; the same ones at every pass."""
+
+    count: int
+    rng: int
+
+    def __call__(self, forward: Forward, index: int) -> Seeds:
+        like = forward.leaves()[0]
+        # Drawn on the host, so that a seed means the same on every device.
+        generator = torch.Generator().manual_seed(self.rng * 1_000_003 + index)
+
+        def noise(kind: str, shape: tuple[int, ...]) -> torch.Tensor:
+            draw = torch.randn if kind == "normal" else torch.rand
+            return draw(shape, generator=generator, dtype=like.dtype).to(like.device)
+
+        return Seeds(output_curvature(forward).sampled(self.count, noise))
