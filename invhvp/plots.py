@@ -79,10 +79,13 @@ def leave_one_out(
     ax.plot(limits, limits, color=NEUTRAL, lw=1, zorder=1)
     ax.annotate(
         "equal",
-        limits[1:] * 2,
-        xytext=(-26, -12),
+        (middle, middle),
+        xytext=(4, -4),
         textcoords="offset points",
-        ha="right",
+        rotation=45,
+        rotation_mode="anchor",
+        ha="center",
+        va="top",
         color=NEUTRAL,
     )
     groups = [(np.ones(predicted.shape, dtype=bool), GOOD, None)]

@@ -15,7 +15,7 @@ _STYLE = """
 * { box-sizing: border-box; }
 body { margin: 0; background: #f6f7f9; color: #1d2329;
        font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-main { max-width: 1060px; margin: 0 auto; padding: 40px 20px 64px; }
+main { max-width: 1120px; margin: 0 auto; padding: 40px 20px 64px; }
 h1 { font-size: 2rem; line-height: 1.2; margin: 0 0 8px; letter-spacing: -0.01em; }
 h2 { font-size: 1.3rem; margin: 0 0 4px; }
 p { margin: 8px 0; max-width: 76ch; }
@@ -33,13 +33,13 @@ img { max-width: 100%; height: auto; display: block; margin: 14px auto 4px; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .88rem; width: 100%; margin: 14px 0 6px;
         font-variant-numeric: tabular-nums; white-space: nowrap; }
-th { text-align: right; color: var(--soft); font-weight: 600; border-bottom: 2px solid #cfd4da; }
-th, td { padding: 6px 9px; } td { text-align: right; border-bottom: 1px solid var(--line); }
+th { text-align: right; white-space: normal; vertical-align: bottom;
+      color: var(--soft); font-weight: 600; border-bottom: 2px solid #cfd4da; }
+th, td { padding: 6px 8px; } td { text-align: right; border-bottom: 1px solid var(--line); }
 th:nth-child(-n+2), td:nth-child(-n+2) { text-align: left; }
 td:first-child { font-weight: 600; }
 .good { color: var(--blue); } .bad { color: var(--red); } .good, .bad { font-weight: 600; }
 a { color: var(--blue); } code { background: #eef0f3; border-radius: 4px; padding: 1px 5px; }
-.fail { border-color: var(--red); color: var(--red); }
 """
 
 
@@ -235,4 +235,4 @@ def _section(title: str, inner: str) -> str:
 
 def _image(pictures: Mapping[str, bytes], name: str, alt: str) -> str:
     data = base64.b64encode(pictures[name]).decode()
-    return f'<img src="data:image/png;base64,{data}" alt="{escape(alt, quote=True)}">'
+    return f'<div><img src="data:image/png;base64,{data}" alt="{escape(alt, quote=True)}"></div>'

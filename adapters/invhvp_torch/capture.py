@@ -132,9 +132,7 @@ class Calls:
         return uses, reached
 
 
-def _added(
-    call: Call, slopes: tuple[torch.Tensor, ...], n: int
-) -> Mapping[str, layers.Part]:
+def _added(call: Call, slopes: tuple[torch.Tensor, ...], n: int) -> Mapping[str, layers.Part]:
     """What one call adds to the parameters of its layer; nothing where its rule does not fit."""
     if slopes[0].shape[0] != n:
         return {}

@@ -81,7 +81,7 @@ def hessian(
     selected = Parameters(model, parameters)
     check_independent(model, training=training)
     if count is not None:
-        _check_count(count, objective)
+        check_count(count, objective)
     if keep_graph not in (True, False, "auto"):
         msg = f'keep_graph= takes True, False or "auto", got {keep_graph!r}'
         raise ValueError(msg)
@@ -267,7 +267,8 @@ class _Survey:
         return len(self.sizes) if keep_graph else 0
 
 
-def _check_count(count: float, objective: Objective) -> None:
+def check_count(count: float, objective: Objective) -> None:
+    """Raise unless `count` is a divisor that goes with the objective."""
     if objective.batch_loss is None and objective.reduction == "mean":
         raise ValueError('count= goes with reduction="sum" or "none", or with batch_loss=')
     if isinstance(count, bool) or not isinstance(count, int | float):

@@ -40,7 +40,7 @@ class GradientGraph:
         self._tensors = parameters.tensors
         self._sizes = [p.numel() for p in self._tensors]
         self._split = parameters.split
-        with _explained():
+        with explained():
             gradient = torch.autograd.grad(
                 total, self._tensors, create_graph=True, allow_unused=True
             )
@@ -75,7 +75,7 @@ class GradientGraph:
     def _add(self, rows: torch.Tensor, total: torch.Tensor, *, free: bool) -> None:
         batched = rows.shape[0] > 1
         vectors = self._split(rows)
-        with _explained(), quiet_vmap() if batched else nullcontext():
+        with explained(), quiet_vmap() if batched else nullcontext():
             products = torch.autograd.grad(
                 self._gradient,
                 self._tensors,
@@ -157,7 +157,8 @@ def _check_symmetry(graph: GradientGraph, parameters: Parameters) -> None:
 
 
 @contextmanager
-def _explained() -> Iterator[None]:
+def explained() -> Iterator[None]:
+    """Say in whose terms a second derivative is missing."""
     try:
         yield
     except RuntimeError as error:

@@ -67,7 +67,7 @@ def per_sample_gradients(
             batch = samples.move(given, device)
             if index == 0:
                 rows.probe(batch)
-            blocks, sentinel = rows.of(batch, index, sentinel)
+            blocks, sentinel, _ = rows.of(batch, index, sentinel)
             found.append(blocks)
     if not found:
         raise ValueError("the data have no batches")

@@ -111,12 +111,12 @@ def _terms(t: torch.Tensor) -> torch.Tensor:
     return t.reshape(t.shape[0], -1, t.shape[-1])
 
 
-def _linear(module: nn.Linear, x: torch.Tensor, d: torch.Tensor) -> Mapping[str, Part]:
+def _linear(_module: nn.Linear, x: torch.Tensor, d: torch.Tensor) -> Mapping[str, Part]:
     d = _terms(d)
     return {"weight": Outer(d, _terms(x)), "bias": d.sum(1)}
 
 
-def _transposed_linear(module: nn.Module, x: torch.Tensor, d: torch.Tensor) -> Mapping[str, Part]:
+def _transposed_linear(_module: nn.Module, x: torch.Tensor, d: torch.Tensor) -> Mapping[str, Part]:
     d = _terms(d)
     return {"weight": Outer(_terms(x), d), "bias": d.sum(1)}
 
@@ -148,9 +148,7 @@ def _embedding(module: nn.Embedding, x: torch.Tensor, d: torch.Tensor) -> Mappin
     return {"weight": Outer(chosen, d)}
 
 
-def _scale_and_shift(
-    x: torch.Tensor, d: torch.Tensor, axes: tuple[int, ...]
-) -> Mapping[str, Part]:
+def _scale_and_shift(x: torch.Tensor, d: torch.Tensor, axes: tuple[int, ...]) -> Mapping[str, Part]:
     """Of y = scale · x + shift, where both are constant along `axes` of x."""
     d = d.unflatten(0, (x.shape[0], -1))
     products = d * x[:, None, ...]

@@ -40,10 +40,7 @@ class OutputCurvature:
 
     def sampled(self, count: int, noise: Noise) -> torch.Tensor:
         """Rows (N, count, m) at labels drawn from the model, whose sum of squares has mean H_i."""
-        raise ValueError(
-            "the Fisher matrix is one of a likelihood, which is known for cross-entropy, squared "
-            "error and binary cross-entropy with logits; for this loss use gauss_newton"
-        )
+        raise NotImplementedError
 
 
 class Softmax(OutputCurvature):
@@ -116,9 +113,7 @@ class General(OutputCurvature):
         self._n = losses.shape[0]
         self.rank = sum(t.numel() for t in leaves) // self._n
         slopes = torch.autograd.grad(losses.sum(), leaves, create_graph=True, allow_unused=True)
-        self._slopes = [
-            (s, leaf) for s, leaf in zip(slopes, leaves, strict=True) if s is not None
-        ]
+        self._slopes = [(s, leaf) for s, leaf in zip(slopes, leaves, strict=True) if s is not None]
         if not any(s.requires_grad for s, _ in self._slopes):
             raise ValueError(
                 "the loss is linear in the model's outputs, so that its Gauss–Newton matrix is "
@@ -146,7 +141,10 @@ class General(OutputCurvature):
         values, vectors = torch.linalg.eigh(((H + H.mT) / 2).double())
         size = values.abs().amax(1, keepdim=True)
         if bool((values < -1e3 * _backend.eps(H.dtype) * size).any()):
-            raise NotConvexError
+            raise NotConvexError(
+                "the loss is not convex in the model's outputs, so that its Gauss–Newton matrix is "
+                "no mean of rank-one matrices; pass memory=0 for products through the model"
+            )
         return (values.clamp(min=0).sqrt()[:, :, None] * vectors.mT).to(H.dtype)
 
 
@@ -160,6 +158,17 @@ def output_curvature(forward: Forward) -> OutputCurvature:
         raise ValueError("sample weights must not be negative here: the curvature is a mean")
     known = None if forward.given is not None else _known(forward)
     return General(forward) if known is None else known
+
+
+def known_curvature(forward: Forward) -> OutputCurvature:
+    """The closed form; ValueError where the loss is none whose likelihood is known."""
+    curvature = output_curvature(forward)
+    if not curvature.definite:
+        raise ValueError(
+            "the Fisher matrix is one of a likelihood, which is known for cross-entropy, squared "
+            "error and binary cross-entropy with logits; for this loss use gauss_newton"
+        )
+    return curvature
 
 
 def _known(forward: Forward) -> OutputCurvature | None:

@@ -12,8 +12,8 @@ from invhvp.layout import Layout
 
 from . import samples
 from .capture import Calls
-from .objective import Objective, close, is_separable
 from .evaluation import seed
+from .objective import Forward, Objective, close, is_separable
 from .parameters import Parameters
 from .sample_rows import graph_rows, vmap_rows
 from .seeds import Seeds, Source
@@ -51,7 +51,6 @@ class Rows:
         self._separable = False
         self._dense: dict[str, str] = {}
         self.row_bytes = 0.0
-        self.outputs = 0
 
     def probe(self, batch: Any) -> None:
         """Decide on two samples, against the gradients of their own scalars."""
@@ -71,9 +70,7 @@ class Rows:
         found = calls.blocks(values, self._factored)
         truth = graph_rows(values[:, 0], self._parameters, list(names), chosen)
         self._factored = {
-            name
-            for name, block in found.items()
-            if close(block.to_dense()[chosen, :], truth[name])
+            name for name, block in found.items() if close(block.to_dense()[chosen, :], truth[name])
         }
         rest = [name for name in names if name not in self._factored]
         n = forward.n
@@ -95,17 +92,17 @@ class Rows:
         if forward.output is None or self._source(forward, 0).vectors is None:
             return Seeds()
         flat = forward.flat().detach()
-        self.outputs = flat.shape[1]
         slopes = torch.linspace(1, 2, flat.numel(), dtype=flat.dtype, device=flat.device)
         return Seeds(slopes.reshape(flat.shape)[:, None, :])
 
     def of(
-        self, batch: Any, index: int, sentinel: Any
-    ) -> tuple[dict[str, GradientMatrix], Any]:
-        """The blocks of all parameters, and the sentinel of the next check."""
+        self, batch: Any, index: int, sentinel: Any, *, check: bool = True
+    ) -> tuple[dict[str, GradientMatrix], Any, Forward]:
+        """The blocks of all parameters, the sentinel of the next check, the forward pass."""
         with Calls(self._objective.model, self._parameters) as calls:
             forward = self._forward(batch, index)
-        sentinel = forward.check(sentinel)
+        if check:
+            sentinel = forward.check(sentinel)
         seeds = self._source(forward, index)
         values = seeds.values(forward)
         blocks = calls.blocks(values, self._factored) if self._factored else {}
@@ -118,7 +115,7 @@ class Rows:
         if slow:
             rows = self._one_by_one(batch, values, seeds, slow)
             self._add(blocks, rows, "sample by sample")
-        return blocks, sentinel
+        return blocks, sentinel, forward
 
     def _vmap(self, batch: Any, seeds: Seeds, names: list[str]) -> dict[str, torch.Tensor]:
         if seeds.vectors is None:
@@ -147,7 +144,9 @@ class Rows:
 
     def _graph_rows(self, values: torch.Tensor, names: list[str]) -> dict[str, torch.Tensor]:
         n, columns = values.shape
-        found = [graph_rows(values[:, c], self._parameters, names, range(n)) for c in range(columns)]
+        found = [
+            graph_rows(values[:, c], self._parameters, names, range(n)) for c in range(columns)
+        ]
         return _interleaved(found, names)
 
     def _add(

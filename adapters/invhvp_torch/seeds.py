@@ -9,7 +9,7 @@ from typing import TypeAlias
 import torch
 
 from .objective import Forward
-from .output_curvature import output_curvature
+from .output_curvature import known_curvature, output_curvature
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,12 @@ Source: TypeAlias = Callable[[Forward, int], Seeds]
 """The seeds of a batch, from its forward pass and its number."""
 
 
-def of_losses(forward: Forward, index: int) -> Seeds:
+def of_losses(_forward: Forward, _index: int) -> Seeds:
     """w_i ℓ_i: the per-sample gradients themselves."""
     return Seeds()
 
 
-def of_empirical_fisher(forward: Forward, index: int) -> Seeds:
+def of_empirical_fisher(forward: Forward, _index: int) -> Seeds:
     """√w_i ℓ_i, so that products of two gradients carry the weight w_i."""
     if forward.weight is None:
         return Seeds()
@@ -61,9 +61,14 @@ def of_empirical_fisher(forward: Forward, index: int) -> Seeds:
     return Seeds(scale=forward.weight.sqrt())
 
 
-def of_gauss_newton(forward: Forward, index: int) -> Seeds:
+def of_gauss_newton(forward: Forward, _index: int) -> Seeds:
     """The root of the output Hessian: as many scalars as it has columns."""
     return Seeds(output_curvature(forward).root())
+
+
+def of_fisher(forward: Forward, _index: int) -> Seeds:
+    """The same, where the loss is a likelihood."""
+    return Seeds(known_curvature(forward).root())
 
 
 @dataclass(frozen=True)
@@ -82,4 +87,4 @@ class OfSampledFisher:
             draw = torch.randn if kind == "normal" else torch.rand
             return draw(shape, generator=generator, dtype=like.dtype).to(like.device)
 
-        return Seeds(output_curvature(forward).sampled(self.count, noise))
+        return Seeds(known_curvature(forward).sampled(self.count, noise))

@@ -148,10 +148,11 @@ class Certificate:
             return -inf, inf
         value = _linalg.column_dot(side.B, side.X) + _linalg.column_dot(side.X, side.R)
         rounding = self.dot_unit * side.x * (side.b + side.r) + side.x * side.floor
-        lower = xp.maximum(value - rounding, 0.0 * value)
-        upper = value + rounding + side.energy * side.energy
-        upper = xp.minimum(upper, self.weight(side.b) ** 2)
-        return lower * (1 - _SLACK * self.eps), upper
+        low, high = value - rounding, value + rounding + side.energy * side.energy
+        # What overflowed says nothing; 0 and ‖g‖²/λ always hold.
+        low = xp.where(low > 0, low, xp.zeros_like(low)) * (1 - _SLACK * self.eps)
+        most = self.weight(side.b) ** 2
+        return low, xp.where(high < most, high, most)
 
 
 def plain_scores(

@@ -46,7 +46,8 @@ class Block:
         self.bounds = residual_error_bounds(outer, shift, self.norms, floors)
         self.energies = np.zeros(k)
         self.status: list[Status | None] = [None] * k
-        self.size = 0.0
+        self.size = float(getattr(run.inverse.preconditioner, "operator_size", 0.0))
+        self.measured = False
         self.first = True
         self.refine = run.outer is not run.products
         self.limit = run.iterations + run.maxiter
@@ -95,7 +96,8 @@ class Block:
         before = self.norms[open_]
         halved = norms <= 0.5 * before
         # CG lowers the A-norm error even where the residual grows; a restart must show for it.
-        trusted = self.first and kernel.needs_definite
+        cut_short = reason in (Status.MAXITER, Status.NEGATIVE_CURVATURE)
+        trusted = self.first and kernel.needs_definite and cut_short
         better = np.isfinite(norms) & ((norms < before) | trusted)
         self.first = False
         self._accept(open_, better, X, true, norms, x_norms)
@@ -113,7 +115,7 @@ class Block:
         tolerance = 0.9 * self.targets[open_]
         eps = _backend.eps(R.dtype)
         asymmetric = method.symmetry_tol
-        asymmetric = 200 * eps if asymmetric is None else asymmetric
+        asymmetric = 30 * eps if asymmetric is None else asymmetric
         width = R.shape[1]
         while run.iterations < self.limit and not run.out_of_budget(width):
             new, steps = state, 0
@@ -130,7 +132,10 @@ class Block:
             state, look = new, seen
             self.size = max(self.size, look.size)
             run.record(look, scale, self.b_norms[open_])
-            if look.asymmetry > asymmetric:
+            # A gap in units of ‖A‖, of which a lower bound will do unless it accuses.
+            if look.asymmetry > asymmetric * self.size and (
+                look.asymmetry > asymmetric * self._norm()
+            ):
                 return state, look, Status.NOT_SYMMETRIC
             if method.etol is not None:
                 limit = 0.9 * method.etol * np.sqrt(np.maximum(look.energies, 0.0))
@@ -200,7 +205,7 @@ class Block:
         """‖e‖_A ≤ min(Gauss–Radau + gap/√λ, ‖r‖/√λ), each with the rounding of r."""
         inverse = self.run.inverse
         norms, x_norms = self.norms[open_], self.x_norms[open_]
-        size = max(self.size, getattr(inverse.preconditioner, "operator_size", 0.0))
+        size = self.size
         eps = _backend.eps(self.B.dtype)
         floors = 4 * eps * np.maximum(size * x_norms, self.b_norms[open_])
         plain = residual_error_bounds(inverse.outer, inverse.shift, norms, floors)
@@ -237,17 +242,19 @@ class Block:
             elif last or not halved[i] or self.norms[j] <= self._floor(j):
                 self.status[j] = self._unmet(j)
 
+    def _norm(self) -> float:
+        """‖A + λI‖ by power iteration, once, where a lower bound is not enough."""
+        if not self.measured:
+            run = self.run
+            like, n = run.inverse.operator.like, run.inverse.shape[0]
+            norm = operator_norm(run.products, like, n, reduce=run.method.reduce)
+            self.size, self.measured = max(self.size, norm), True
+        return self.size
+
     def _floor(self, j: int) -> float:
         """The residual that rounding leaves behind: a few units of ‖A + λI‖‖x‖."""
-        if self.size == 0.0:
-            self.size = operator_norm(
-                self.run.products,
-                self.run.inverse.operator.like,
-                self.run.inverse.shape[0],
-                reduce=self.run.method.reduce,
-            )
         eps = _backend.eps(self.B.dtype)
-        return 2 * eps * max(self.size * self.x_norms[j], self.b_norms[j])
+        return 2 * eps * max(self._norm() * self.x_norms[j], self.b_norms[j])
 
     def _unmet(self, j: int) -> Status:
         """FLOOR where rounding explains the residual, else STAGNATED."""

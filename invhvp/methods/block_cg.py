@@ -33,7 +33,7 @@ class BlockCG(KrylovMethod):
         residual_operator: a more accurate A (float64 around a float32 solve): residuals are
             computed with it, and right-hand sides and solutions have its dtype.
         max_restarts: restarts on the true residual where the recurrence and the truth differ.
-        symmetry_tol: relative asymmetry of the products that is taken for rounding.
+        symmetry_tol: asymmetry of the products, in units of ‖A‖, that is taken for rounding.
         reduce: sum over processes where the parameter vector is sharded.
 
     Cost per iteration and column block of width b: b products, 14-16·n·b² flops, 5-6 blocks of
@@ -80,7 +80,7 @@ class _State(NamedTuple):
     zeta: Array | None  # (b, b) last transfer matrix
     G: Array | None  # (b, b) last Pᵀ(A + λ)P
     size: Array  # () lower bound on ‖A + λ‖, unpreconditioned only
-    asymmetry: Array  # () largest relative asymmetry seen
+    asymmetry: Array  # () largest asymmetry seen, in units of the operator
     ok: Array  # () the last PᵀAP was positive definite and finite
     first: tuple[Array, Array] | None  # P and Q of the first iteration, for the symmetry test
 
@@ -136,7 +136,7 @@ class _DubrulleR(Kernel):
             energy=energy,
             zeta=zeta,
             G=G,
-            size=xp.maximum(s.size, self._block_norm(G, s)),
+            size=xp.maximum(s.size, self._lower_bound(G, P, Q, s)),
             asymmetry=self._asymmetry(raw, P, Q, s),
             ok=ok & (xp.max(xp.abs(G)) > 0),  # A + λI = 0 has no curvature to divide by
             first=(P, Q) if s.zeta is None else None,
@@ -171,32 +171,37 @@ class _DubrulleR(Kernel):
         L, _, ok_m = inverse_root(_linalg.symmetric(M), None)
         return xp.where(ok & ok_m, xp.matrix_transpose(L) @ L, eye / self.mu)
 
-    def _block_norm(self, G: Array, s: _State) -> Array:
-        """Norm of the diagonal block G + ζ G₋ ζᵀ of the Lanczos matrix, by squaring."""
+    def _lower_bound(self, G: Array, P: Array, Q: Array, s: _State) -> Array:
+        """‖A + λI‖ is at least that of the diagonal block G + ζ G₋ ζᵀ of the Lanczos matrix."""
         xp = _backend.namespace(G)
+        if self.preconditioner is not None:  # there the Lanczos matrix is that of M⁻¹(A + λI)
+            if s.zeta is not None and s.first is None:
+                return s.size
+            return xp.max(_linalg.column_norms(Q, reduce=self.reduce) / _lengths(P, self.reduce))
         M = G if s.zeta is None else G + s.zeta @ s.G @ xp.matrix_transpose(s.zeta)
         scale = xp.sqrt(xp.sum(M * M))
-        if self.preconditioner is not None:
-            return scale * 0.0
         M = M / xp.where(scale > 0, scale, xp.ones_like(scale))
         for _ in range(3):
             M = M @ M
         return scale * xp.sum(M * M) ** (1.0 / 16.0)
 
     def _asymmetry(self, raw: Array, P: Array, Q: Array, s: _State) -> Array:
-        """Two free tests: PᵀAP against its transpose, and P₀ᵀ(AP₁) against (P₁ᵀAP₀)ᵀ."""
+        """Two free tests: PᵀAP against its transpose, and P₀ᵀ(AP₁) against (P₁ᵀAP₀)ᵀ.
+
+        The gap is in units of the operator: |xᵀAy − yᵀAx| / (‖x‖‖y‖).
+        """
         xp = _backend.namespace(raw)
+        right = _lengths(P, self.reduce)
         if s.zeta is None:
-            left, right, scale = raw, raw, _sizes(P, Q, self.reduce)
+            left, gap = right, raw - xp.matrix_transpose(raw)
         elif s.first is not None:
             P0, Q0 = s.first
-            left = _linalg.gram(P0, Q, reduce=self.reduce)
-            right = _linalg.gram(P, Q0, reduce=self.reduce)
-            scale = xp.maximum(_sizes(P0, Q, self.reduce), _sizes(P, Q0, self.reduce))
+            left = _lengths(P0, self.reduce)
+            forward = _linalg.gram(P0, Q, reduce=self.reduce)
+            gap = forward - xp.matrix_transpose(_linalg.gram(P, Q0, reduce=self.reduce))
         else:
             return s.asymmetry
-        gap = xp.max(xp.abs(left - xp.matrix_transpose(right)))
-        return xp.maximum(s.asymmetry, gap / xp.where(scale > 0, scale, xp.ones_like(scale)))
+        return xp.maximum(s.asymmetry, xp.max(xp.abs(gap) / (left[:, None] * right[None, :])))
 
     def look(self, s: _State) -> Look:
         xp = _backend.namespace(s.N)
@@ -216,8 +221,7 @@ class _DubrulleR(Kernel):
     def suspect(self, s: _State, failed: Any) -> Array:
         """The direction of least curvature in the span of P (n, 1); one product of the block."""
         G = _linalg.symmetric(_linalg.gram(s.P, self.product(s.P), reduce=self.reduce))
-        d = _linalg.column_norms(s.P, reduce=self.reduce)
-        d = _backend.namespace(d).where(d > 0, d, 1.0 + 0.0 * d)
+        d = _lengths(s.P, self.reduce)
         _, V = _backend.eigh(G / (d[:, None] * d[None, :]))
         return _linalg.combine(s.P, V[:, :1] / d[:, None])
 
@@ -227,10 +231,11 @@ def _column_lengths(S: Array) -> Array:
     return xp.sqrt(xp.sum(S * S, axis=0))
 
 
-def _sizes(P: Array, Q: Array, reduce: Any) -> Array:
-    p, q = _linalg.column_norms(P, reduce=reduce), _linalg.column_norms(Q, reduce=reduce)
-    xp = _backend.namespace(p)
-    return xp.max(p) * xp.max(q)
+def _lengths(P: Array, reduce: Any) -> Array:
+    """Column norms, with ones for columns that vanish."""
+    norms = _linalg.column_norms(P, reduce=reduce)
+    xp = _backend.namespace(norms)
+    return xp.where(norms > 0, norms, xp.ones_like(norms))
 
 
 def inverse_root(G: Array, unit: float | None) -> tuple[Array, Array, Array]:

@@ -133,13 +133,13 @@ class _ConjugateGradients(Kernel):
         return xp.where(good, rest / (self.mu * rest + beta), xp.full_like(rest, 1.0 / self.mu))
 
     def _asymmetry(self, s: _State, Q: Array) -> Array:
-        """p₀ᵀ(Ap₁) against p₁ᵀ(Ap₀), free in the second iteration."""
+        """p₀ᵀ(Ap₁) against p₁ᵀ(Ap₀), free in the second iteration; in units of the operator."""
         if s.first is None:
             return s.asymmetry
         P0, Q0 = s.first
         gap = self._dot(P0, Q) - self._dot(s.P, Q0)
+        scale = self._length(P0) * self._length(s.P)
         xp = _backend.namespace(gap)
-        scale = xp.maximum(self._length(P0) * self._length(Q), self._length(s.P) * self._length(Q0))
         return xp.max(xp.abs(gap) / xp.where(scale > 0, scale, xp.ones_like(scale)))
 
     def look(self, s: _State) -> Look:

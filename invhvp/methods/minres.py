@@ -175,14 +175,14 @@ class _MinimalResiduals(Kernel):
         return freeze_columns(new.ok, new, s)
 
     def _asymmetry(self, s: _State, v: Array, q: Array) -> Array:
-        """v₀ᵀ(Av₁) against v₁ᵀ(Av₀), free in the second iteration."""
+        """v₀ᵀ(Av₁) against v₁ᵀ(Av₀), free in the second iteration; in units of the operator."""
         if s.first is None:
             return s.asymmetry
         v0, q0 = s.first
         gap = self._dot(v0, q) - self._dot(v, q0)
         xp = _backend.namespace(gap)
-        norms = [_linalg.column_norms(x, reduce=self.reduce) for x in (v0, q, v, q0)]
-        scale = xp.maximum(norms[0] * norms[1], norms[2] * norms[3])
+        left, right = (_linalg.column_norms(x, reduce=self.reduce) for x in (v0, v))
+        scale = left * right
         return xp.max(xp.abs(gap) / xp.where(scale > 0, scale, xp.ones_like(scale)))
 
     def look(self, s: _State) -> Look:

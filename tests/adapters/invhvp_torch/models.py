@@ -108,6 +108,7 @@ class Case:
     tokens: bool = False
     loss: Callable = cross_entropy
     target: str = "class"
+    whole: int | None = None  # the only size of a batch that the model takes
 
     def build(
         self, n: int = 7, dtype: torch.dtype = torch.float64
@@ -182,7 +183,7 @@ CASES = (
     Case("tokens", _tokens, (4, 5), loss=_token_loss, target="classes"),
     Case("parametrised", _parametrised, (5,)),
     Case("recurrent", Recurrent, (4, 5)),
-    Case("squeezed", Squeezed, (5,), loss=nn.BCEWithLogitsLoss(), target="probability"),
+    Case("squeezed", Squeezed, (5,), loss=nn.BCEWithLogitsLoss(), target="probability", whole=7),
 )
 BY_NAME = {case.name: case for case in CASES}
 
