@@ -129,7 +129,8 @@ class MeanCurvature(RankOneMean):
 
     def __repr__(self) -> str:
         dtype = _backend.dtype_name(self.dtype)
-        return f"{self._name}({self._describe()}, {self._said}, {dtype}, {self.device})"
+        n = self.shape[0]
+        return f"{self._name}({n}x{n}, {self._said}, {dtype}, {self.device})"
 
 
 class Pass:

@@ -224,7 +224,7 @@ def _pair(certificate: Certificate, test: _Solved, train: _Solved) -> tuple[Arra
 
 
 def _outer(a: Array, b: Array) -> Array:
-    """a bᵀ for small non-negative vectors, with 0 · inf = inf."""
+    """A bᵀ for small non-negative vectors, with 0 · inf = inf."""
     xp = _backend.namespace(a)
     product = a[:, None] * b[None, :]
     return xp.where(xp.isnan(product), xp.full_like(product, math.inf), product)

@@ -90,9 +90,7 @@ def _from_one_space(
 
 def _one_by_one(influence: Influence, test: GradientMatrix, dampings: tuple[float, ...]) -> Array:
     inverse, train = influence.inverse, influence.train
-    each = [
-        type(influence)(inverse.with_damping(value), train).scores(test) for value in dampings
-    ]
+    each = [type(influence)(inverse.with_damping(value), train).scores(test) for value in dampings]
     return _backend.namespace(*each).stack(each, axis=0)
 
 

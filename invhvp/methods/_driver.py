@@ -16,6 +16,7 @@ from ..protocols import Array, Damping
 from ..solution import Curvature, Record, Solution, Status
 from ._columns import distinct, expand
 from ._cycles import Block
+from ._definite import definite_damping
 from ._inverse import (
     PreparedInverse,
     Products,
@@ -40,8 +41,11 @@ class KrylovInverse(PreparedInverse):
         if self.outer.shape != A.shape:
             msg = f"residual_operator has shape {self.outer.shape}, A has {A.shape}"
             raise ValueError(msg)
+        spent = 0
+        if method.indefinite == "shift" and not A.psd:
+            damping, spent = definite_damping(A, damping)
         # Right-hand sides and solutions have the precision of the residuals.
-        super().__init__(method, A, damping, like=self.outer.like)
+        super().__init__(method, A, damping, products=spent, like=self.outer.like)
         self.least = smallest(self.shift)
         if method.etol is not None and not (self.outer.psd and self.least > 0):
             msg = (
@@ -59,7 +63,7 @@ class KrylovInverse(PreparedInverse):
                 )
                 raise ValueError(msg)
             self.preconditioner = inner
-            self.products = inner.products
+            self.products += inner.products
 
     def _solve(
         self, B: Array, *, x0: Array | None = None, callback: Any = None, progress: bool = False
@@ -187,9 +191,7 @@ class Run:
             bounds = residual_error_bounds(self.inverse.outer, self.inverse.shift, norms, floors)
         return self.finish(X, norms, b_norms, bounds, codes)
 
-    def finish(
-        self, X: Array, norms: Any, b_norms: Any, bounds: Any, codes: Any
-    ) -> Solution:
+    def finish(self, X: Array, norms: Any, b_norms: Any, bounds: Any, codes: Any) -> Solution:
         solution = pack_solution(
             X,
             codes=codes,

@@ -91,9 +91,7 @@ class MapInverse(PreparedInverse):
         size = np.maximum(host_b, self._size() * x_norms)
         floors = 4 * _backend.eps(B.dtype) * size
         bounds = residual_error_bounds(self.operator, self.shift, host_norms, floors)
-        return self._packed(
-            X, codes_for(statuses), host_norms, host_b, bounds, started, products
-        )
+        return self._packed(X, codes_for(statuses), host_norms, host_b, bounds, started, products)
 
     def _packed(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 
@@ -124,6 +124,7 @@ class KrylovMethod:
     residual_operator: Any = None
     max_restarts: int = 2
     symmetry_tol: float | None = None
+    indefinite: Literal["raise", "shift"] = "raise"
     reduce: Reduce | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -137,6 +138,9 @@ class KrylovMethod:
             if value is not None and value < 1:
                 msg = f"{name} must be at least 1, got {value}"
                 raise ValueError(msg)
+        if self.indefinite not in ("raise", "shift"):
+            msg = f"indefinite must be 'raise' or 'shift', got {self.indefinite!r}"
+            raise ValueError(msg)
         if self.preconditioner is not None and not hasattr(self.preconditioner, "prepare"):
             msg = (
                 "preconditioner takes a Method, such as Jacobi() or Surrogate(K); wrap an inverse "

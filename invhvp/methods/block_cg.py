@@ -34,6 +34,9 @@ class BlockCG(KrylovMethod):
             computed with it, and right-hand sides and solutions have its dtype.
         max_restarts: restarts on the true residual where the recurrence and the truth differ.
         symmetry_tol: asymmetry of the products, in units of ‖A‖, that is taken for rounding.
+        indefinite: "raise" ends at negative curvature, with the vector that proves it; "shift"
+            measures the lowest eigenvalue in `prepare` and, where it has to, raises λ (the
+            inverse says to what, with a warning).
         reduce: sum over processes where the parameter vector is sharded.
 
     Cost per iteration and column block of width b: b products, 14-16·n·b² flops, 5-6 blocks of

