@@ -202,10 +202,15 @@ class Solution:
         return f"{'; '.join(parts)}. Largest relative residual {worst:.2e}."
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but `x` and the proof vector as plain JSON-ready values."""
+        """Everything but `x` and the proof vector as plain JSON values; None for inf and NaN."""
+
+        def plain(value: Any) -> Any:
+            if isinstance(value, list):
+                return [plain(item) for item in value]
+            return value if np.isfinite(value) else None
 
         def listed(values: Any) -> Any:
-            return np.asarray(_backend.to_host(values), dtype=float).tolist()
+            return plain(np.asarray(_backend.to_host(values), dtype=float).tolist())
 
         status = self.status
         names = [s.name for s in status] if isinstance(status, tuple) else status.name
@@ -224,7 +229,7 @@ class Solution:
                     "iteration": record.iteration,
                     "products": record.products,
                     "seconds": record.seconds,
-                    "relative_residuals": record.relative_residuals.tolist(),
+                    "relative_residuals": plain(record.relative_residuals.tolist()),
                 }
                 for record in self.history
             ],
