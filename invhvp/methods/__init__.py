@@ -2,6 +2,8 @@
 
 from ._fixed_map import MapInverse as MapInverse
 from ._inverse import PreparedInverse as PreparedInverse
+from ._json import method_from_dict as method_from_dict
+from ._json import method_to_dict as method_to_dict
 from .arnoldi import Arnoldi as Arnoldi
 from .block_cg import BlockCG as BlockCG
 from .cg import CG as CG

@@ -24,6 +24,7 @@ from ._inverse import (
     codes_for,
     column_look,
     pack_solution,
+    prepare_preconditioner,
     residual_error_bounds,
 )
 from ._krylov import RADAU_MARGIN, Kernel, KrylovMethod, Look
@@ -53,17 +54,9 @@ class KrylovInverse(PreparedInverse):
                 "damping > 0; use rtol"
             )
             raise ValueError(msg)
-        self.preconditioner = None
-        if method.preconditioner is not None:
-            inner = method.preconditioner.prepare(A, damping=damping)
-            if not inner.fixed_spd:
-                msg = (
-                    f"{type(inner.method).__name__} cannot precondition: it is not one fixed "
-                    "symmetric positive-definite map; use Direct, Surrogate or a preconditioner"
-                )
-                raise ValueError(msg)
-            self.preconditioner = inner
-            self.products += inner.products
+        self.preconditioner = prepare_preconditioner(method, A, damping)
+        if self.preconditioner is not None:
+            self.products += self.preconditioner.products
 
     def _solve(
         self, B: Array, *, x0: Array | None = None, callback: Any = None, progress: bool = False

@@ -118,6 +118,20 @@ class PreparedInverse(LinearOperator):
         return f"{self.method!r} of {self.operator!r} at damping {self.damping!r}"
 
 
+def prepare_preconditioner(method: Any, A: LinearOperator, damping: Damping) -> Any:
+    """The prepared `method.preconditioner`, or None; refused unless it is one fixed SPD map."""
+    if method.preconditioner is None:
+        return None
+    inner = method.preconditioner.prepare(A, damping=damping)
+    if not inner.fixed_spd:
+        msg = (
+            f"{type(inner.method).__name__} cannot precondition: it is not one fixed symmetric "
+            "positive-definite map; use Direct, Surrogate or a preconditioner"
+        )
+        raise ValueError(msg)
+    return inner
+
+
 def check_finite_columns(norms: np.ndarray) -> None:
     """Raise ValueError naming the columns of B that contain NaN or Inf."""
     bad = np.flatnonzero(~np.isfinite(norms))

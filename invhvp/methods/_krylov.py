@@ -113,6 +113,8 @@ def freeze_columns(ok: Array, new: Any, old: Any) -> Any:
 class KrylovMethod:
     """Options shared by CG and BlockCG; see there."""
 
+    _blocks_held: ClassVar[int] = 7  # blocks (n, k) alive in one iteration, with temporaries
+
     rtol: float = 1e-5
     atol: float = 0.0
     etol: float | None = None
@@ -153,7 +155,9 @@ class KrylovMethod:
         raise NotImplementedError
 
     def _width(self, k: int, n: int, like: Array) -> int:
-        raise NotImplementedError
+        """Columns at work together: all of them, unless memory is short."""
+        room = int(0.6 * _backend.free_memory(like))
+        return min(k, max(4, room // (self._blocks_held * n * _backend.itemsize(like.dtype))))
 
     def prepare(self, A: Any, /, damping: Damping) -> Any:
         """An inverse that iterates at every product; nothing is precomputed but M."""

@@ -16,7 +16,7 @@ from ..protocols import Array, Damping
 from ..solution import InvhvpWarning, Solution
 from ._columns import distinct, expand
 from ._descent import Descent
-from ._inverse import PreparedInverse, Products, codes_for
+from ._inverse import PreparedInverse, Products, codes_for, prepare_preconditioner
 from ._lissa_step import Spread, has_terms, measured_size, measured_spread
 from ._progress import progress_bar
 
@@ -65,17 +65,9 @@ class LissaInverse(PreparedInverse):
                 "has none and runs full batches: leave batch out"
             )
             raise ValueError(msg)
-        self.preconditioner = None
-        if method.preconditioner is not None:
-            inner = method.preconditioner.prepare(A, damping=damping)
-            if not inner.fixed_spd:
-                msg = (
-                    f"{type(inner.method).__name__} cannot precondition: it is not one fixed "
-                    "symmetric positive-definite map; use Direct, Surrogate or a preconditioner"
-                )
-                raise ValueError(msg)
-            self.preconditioner = inner
-            self.products = inner.products
+        self.preconditioner = prepare_preconditioner(method, A, damping)
+        if self.preconditioner is not None:
+            self.products = self.preconditioner.products
         self.least = smallest(self.shift)
         self._measured = self._measure() if measured is None else measured
         self.size = self._measured.size

@@ -67,9 +67,7 @@ class BlockCG(KrylovMethod):
     def _width(self, k: int, n: int, like: Array) -> int:
         if self.block_width is not None:
             return min(k, n, self.block_width)
-        room = int(0.6 * _backend.free_memory(like))
-        fits = max(4, room // (7 * n * _backend.itemsize(like.dtype)))
-        return min(k, n, 128, fits)
+        return min(n, 128, super()._width(k, n, like))
 
 
 class _State(NamedTuple):

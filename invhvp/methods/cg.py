@@ -40,10 +40,6 @@ class CG(KrylovMethod):
     def _kernel(self, **context: Any) -> Kernel:
         return _ConjugateGradients(**context)
 
-    def _width(self, k: int, n: int, like: Array) -> int:
-        room = int(0.6 * _backend.free_memory(like))
-        return min(k, max(4, room // (7 * n * _backend.itemsize(like.dtype))))
-
 
 class _State(NamedTuple):
     X: Array  # (n, k)

@@ -38,6 +38,8 @@ class Minres(KrylovMethod):
         array([-0.666667, -2.      ,  0.666667,  0.285714])
     """
 
+    _blocks_held: ClassVar[int] = 10
+
     max_restarts: int = 10
 
     def __post_init__(self) -> None:
@@ -51,10 +53,6 @@ class Minres(KrylovMethod):
 
     def _kernel(self, **context: Any) -> Kernel:
         return _MinimalResiduals(**context)
-
-    def _width(self, k: int, n: int, like: Array) -> int:
-        room = int(0.6 * _backend.free_memory(like))
-        return min(k, max(4, room // (10 * n * _backend.itemsize(like.dtype))))
 
 
 class _State(NamedTuple):

@@ -83,10 +83,12 @@ def solve_path(
     There is no preconditioner: it would tie the space to one λ.
 
     Args:
-        A, B: as in `solve`.
+        A: what `as_operator` takes.
+        B: right-hand sides (n,), (n, k), or a gradient matrix whose rows they are.
         dampings: the λ, in any order; where A + λI is not positive definite for the smallest
             ones, those end as NEGATIVE_CURVATURE and the others are solved.
-        rtol, atol: stopping rule for every λ and column, ‖r‖ ≤ max(rtol·‖b‖, atol).
+        rtol: stopping rule for every λ and column, ‖r‖ ≤ max(rtol·‖b‖, atol).
+        atol: see rtol.
         maxiter: block iterations; None is 10·n.
 
     Raises TypeError or ValueError at the door. Cost: the products of the smallest λ and L·k for
