@@ -117,18 +117,18 @@ def rows(grid: Grid) -> Iterator[dict[str, Any]]:
                     continue
                 row = measure(contender.build(ih), system)
                 for rtol in grid.rtols:
-                    judged = {"rtol": rtol, "outcome": _outcome(row, rtol)}
-                    yield {**where, "method": contender.label, **judged, **row}
+                    start = {**where, "method": contender.label, "rtol": rtol}
+                    yield {**start, **_judged(row, rtol, grid.max_seconds), **row}
             for contender in filter(_exists, [*ITERATIVE, *_surrogates(curvature)]):
                 row: dict[str, Any] = {}
                 for rtol in grid.rtols:  # from loose to tight
                     start = {**where, "method": contender.label, "rtol": rtol}
                     if row and _outcome(row, grid.rtols[0]) != "reached":
-                        yield {**start, "outcome": "not run", **dict.fromkeys(row)}
+                        yield {**start, "outcome": "not run", "capped": False, **dict.fromkeys(row)}
                         continue
                     limits = {"rtol": rtol, "max_seconds": grid.max_seconds}
                     row = measure(contender.build(ih, **limits), system)
-                    yield {**start, "outcome": _outcome(row, rtol), **row}
+                    yield {**start, **_judged(row, rtol, grid.max_seconds), **row}
 
 
 class System(NamedTuple):
@@ -187,6 +187,11 @@ def _surrogates(curvature: cases.Curvature) -> list[Contender]:
 
 def _exists(contender: Contender) -> bool:
     return all(getattr(ih, name, None) is not None for name in contender.needs.split())
+
+
+def _judged(row: dict[str, Any], rtol: float, cap: float) -> dict[str, Any]:
+    seconds = row["seconds"]
+    return {"outcome": _outcome(row, rtol), "capped": seconds is not None and seconds >= cap}
 
 
 def _outcome(row: dict[str, Any], rtol: float) -> str:
@@ -248,7 +253,9 @@ def _products(row: dict[str, Any] | None) -> str:
         return ""
     if row["outcome"] == "reached":
         return f"{row['products']} ({row['passes']})"
-    return "not reached" if row["outcome"] != "failed" else "failed"
+    if row["outcome"] == "failed":
+        return "failed"
+    return "over the cap" if row["capped"] else "not reached"
 
 
 def _cell(row: dict[str, Any]) -> str:
@@ -259,6 +266,8 @@ def _cell(row: dict[str, Any]) -> str:
     residual, error = report.number(row["true_residual"]), report.number(row["relative_error"])
     seconds = f"{row['seconds']:.2g} s"
     text = f"{row['passes']} / {row['products']} / {residual} / {error} / {seconds}"
+    if row["capped"]:
+        text += ", over the cap"
     return text if row["outcome"] == "reached" else f"{text}; not reached ({row['said']})"
 
 

@@ -28,6 +28,7 @@ from .methods import SampleSpace as SampleSpace
 from .methods import Surrogate as Surrogate
 from .methods import method_from_dict as method_from_dict
 from .methods import method_to_dict as method_to_dict
+from .methods import plan as plan
 from .methods import solve as solve
 from .methods import solve_path as solve_path
 from .operators import BlockDiagonal as BlockDiagonal

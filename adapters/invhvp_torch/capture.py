@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -15,17 +15,22 @@ from invhvp import _backend
 from invhvp.gradients import GradientMatrix
 
 from . import layers
+from .attention import product_with, projections
 from .double_backward import nodes
 from .parameters import Parameters
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a layer, with the place in the graph where its output left it."""
+    """One call of a layer, with the place in the graph where its output left it.
+
+    `time_first` says that the output there is (T N, ...), with the samples of one place together.
+    """
 
     layer: Layer
     x: torch.Tensor
     edge: GradientEdge
+    time_first: bool = False
 
 
 @dataclass(kw_only=True)
@@ -56,6 +61,7 @@ class Calls:
             found = {key: name for key, name in mine.items() if name is not None}
             if rule is not None and found:
                 self.layers.append(Layer(module=module, rule=rule, names=found))
+        self._projections = projections(model, names)
         self._parameters = parameters
         self._handles: list[Any] = []
 
@@ -93,7 +99,8 @@ class Calls:
         uses, reached = self._uses(values)
         recorded: Counter[str] = Counter()
         calls = []
-        for call in (call for layer in self.layers for call in layer.calls):
+        seen = [call for layer in self.layers for call in layer.calls]
+        for call in [*seen, *self._attention(reached, n)]:
             if call.edge.node in reached and call.x.ndim > 1 and call.x.shape[0] == n:
                 calls.append(call)
                 recorded.update(call.layer.names.values())
@@ -118,6 +125,17 @@ class Calls:
         blocks = {name: layers.block(parts[name]) for name in names}
         return {name: block for name, block in blocks.items() if block.shape[1] == sizes[name]}
 
+    def _attention(self, reached: set[Any], n: int) -> Iterator[Call]:
+        """Calls within `nn.MultiheadAttention`, which hands its weights to a function."""
+        if not self._projections:
+            return
+        for node in reached:
+            weight, rows = product_with(node)
+            layer = self._projections.get(id(weight))
+            if layer is not None and rows is not None and rows.shape[0] % n == 0:
+                x = rows.detach().unflatten(0, (-1, n)).transpose(0, 1)
+                yield Call(Layer(**layer), x, GradientEdge(node, 0), time_first=True)
+
     def _uses(self, values: torch.Tensor) -> tuple[Counter[str], set[Any]]:
         """How often each parameter enters the graph, and all nodes of the graph."""
         names = {id(p): name for name, p in self._parameters.named.items()}
@@ -134,6 +152,8 @@ class Calls:
 
 def _added(call: Call, slopes: tuple[torch.Tensor, ...], n: int) -> Mapping[str, layers.Part]:
     """What one call adds to the parameters of its layer; nothing where its rule does not fit."""
+    if call.time_first:
+        slopes = tuple(t.unflatten(0, (-1, n)).transpose(0, 1) for t in slopes)
     if slopes[0].shape[0] != n:
         return {}
     d = slopes[0] if len(slopes) == 1 else torch.stack(slopes, 1).flatten(0, 1)

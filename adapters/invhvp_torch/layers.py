@@ -98,7 +98,7 @@ def rule_of(module: nn.Module) -> Rule | None:
 
     A subclass with a forward of its own may do anything with its weight.
     """
-    for kind, rule in _RULES.items():
+    for kind, rule in RULES.items():
         if isinstance(module, kind):
             return rule if type(module).forward is kind.forward else None
     if type(module).__name__ == "Conv1D" and getattr(module, "weight", torch.empty(0)).ndim == 2:
@@ -179,7 +179,7 @@ def _batch_norm(module: Any, x: torch.Tensor, d: torch.Tensor) -> Mapping[str, P
     return _scale_and_shift(normal, d, tuple(range(2, x.ndim)))
 
 
-_RULES: dict[Any, Rule] = {
+RULES: dict[Any, Rule] = {
     nn.Linear: _linear,
     nn.Conv1d: _convolution,
     nn.Conv2d: _convolution,

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from invhvp import _backend
 
 from . import samples
+from .double_backward import explained
 from .objective import Forward
 
 Noise = Callable[..., torch.Tensor]
@@ -125,14 +126,15 @@ class General(OutputCurvature):
         parts = u.split([leaf.numel() // self._n for leaf in self._leaves], 1)
         by_leaf = {id(leaf): part for leaf, part in zip(self._leaves, parts, strict=True)}
         curved = [(s, by_leaf[id(leaf)]) for s, leaf in self._slopes if s.requires_grad]
-        found = torch.autograd.grad(
-            [s for s, _ in curved],
-            self._leaves,
-            [part.reshape(s.shape) for s, part in curved],
-            retain_graph=True,
-            allow_unused=True,
-            materialize_grads=True,
-        )
+        with explained():
+            found = torch.autograd.grad(
+                [s for s, _ in curved],
+                self._leaves,
+                [part.reshape(s.shape) for s, part in curved],
+                retain_graph=True,
+                allow_unused=True,
+                materialize_grads=True,
+            )
         return torch.cat([t.detach().reshape(self._n, -1) for t in found], 1)
 
     def root(self) -> torch.Tensor:
@@ -241,4 +243,4 @@ def _leaf(t: torch.Tensor, leaves: list[torch.Tensor]) -> torch.Tensor:
 def _weighted(forward: Forward, t: torch.Tensor) -> torch.Tensor:
     if forward.weight is None:
         return t
-    return t * forward.weight.reshape(-1, *[1] * (t.ndim - 1))
+    return t * forward.weight.to(t.dtype).reshape(-1, *[1] * (t.ndim - 1))

@@ -58,7 +58,7 @@ def of_empirical_fisher(forward: Forward, _index: int) -> Seeds:
         return Seeds()
     if bool((forward.weight < 0).any()):
         raise ValueError("sample weights must not be negative here: the curvature is a mean")
-    return Seeds(scale=forward.weight.sqrt())
+    return Seeds(scale=forward.weight.to(forward.leaves()[0].dtype).sqrt())
 
 
 def of_gauss_newton(forward: Forward, _index: int) -> Seeds:

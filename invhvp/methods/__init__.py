@@ -16,6 +16,8 @@ from .nystroem_preconditioner import NystroemPreconditioner as NystroemPrecondit
 from .nystroem_sketch import NystroemSketch as NystroemSketch
 from .path import Path as Path
 from .path import solve_path as solve_path
+from .plan import Plan as Plan
+from .plan import plan as plan
 from .sample_space import SampleSpace as SampleSpace
 from .solve import solve as solve
 from .surrogate import Fixed as Fixed

@@ -29,6 +29,7 @@ from ._inverse import (
 )
 from ._krylov import RADAU_MARGIN, Kernel, KrylovMethod, Look
 from ._progress import progress_bar
+from .nystroem_preconditioner import NystroemPreconditioner
 
 
 class KrylovInverse(PreparedInverse):
@@ -67,6 +68,7 @@ class KrylovInverse(PreparedInverse):
             return run.finish(B, empty, empty, empty, codes_for([]))
         if _backend.is_tracing(B) or self.method.check_every is None:
             return run.unwatched(B, x0)
+        self._recycle(run)
         columns = distinct(B, merge=x0 is None)
         B_work = columns.take(B)
         parts = []
@@ -77,6 +79,17 @@ class KrylovInverse(PreparedInverse):
                 start = None if x0 is None else columns.take(x0)[:, cut]
                 parts.append(Block(run, B_work[:, cut], columns.work_norms[cut], start).solve())
         return expand(run, B, columns, parts)
+
+    def _recycle(self, run: Run) -> None:
+        """Sketch A at the first solve: this batch and all later ones are preconditioned by it."""
+        rank = self.method.recycle
+        if rank is None or self.preconditioner is not None:
+            return
+        inner = NystroemPreconditioner(rank=rank).prepare(self.operator, damping=self.damping)
+        self.preconditioner = inner
+        run.products.columns += inner.products
+        # The sketch is one pass; what else it cost are single products.
+        run.products.passes += 1 + inner.products - min(rank, self.shape[0])
 
     def radau_mu(self) -> float | None:
         """A legal lower bound on the spectrum of M⁻¹(A + λI), for Gauss–Radau."""

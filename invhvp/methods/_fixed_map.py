@@ -124,6 +124,18 @@ class MapInverse(PreparedInverse):
         tolerance = max(self.method.rtol * b_norm, self.method.atol)
         return Status.CONVERGED if norm <= tolerance else Status.FLOOR
 
+    def power(self, exponent: float, /) -> LinearOperator:
+        """A + λI to any power where the factorisation gives it; −1 is this inverse, −0.5 whitens.
+
+        Raises ValueError where it does not (λ by block without a block-diagonal A), or A + λI is
+        not positive definite. Cost: no product; an eigendecomposition for dense and sample-space
+        inverses.
+        """
+        if not hasattr(self.map, "power"):
+            msg = f"{type(self.method).__name__} keeps no eigenvalues of A + λI: it has no powers"
+            raise ValueError(msg)
+        return self.map.power(-exponent)  # pyright: ignore[reportAttributeAccessIssue]
+
     def with_damping(self, damping: Damping, /) -> PreparedInverse:
         """The inverse at another λ; a sample-space Gram matrix is kept."""
         rebuild = getattr(self.map, "with_shift", None)

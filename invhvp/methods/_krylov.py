@@ -122,6 +122,7 @@ class KrylovMethod:
     max_products: int | None = None
     max_seconds: float | None = None
     preconditioner: Any = None
+    recycle: int | None = None
     check_every: int | None = 1
     residual_operator: Any = None
     max_restarts: int = 2
@@ -135,7 +136,7 @@ class KrylovMethod:
             if value is not None and not (value >= 0 and math.isfinite(value)):
                 msg = f"{name} must be finite and not negative, got {value}"
                 raise ValueError(msg)
-        for name in ("maxiter", "check_every", "max_products"):
+        for name in ("maxiter", "check_every", "max_products", "recycle"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 msg = f"{name} must be at least 1, got {value}"
@@ -150,6 +151,9 @@ class KrylovMethod:
                 f"{type(self.preconditioner).__name__}"
             )
             raise TypeError(msg)
+        if self.preconditioner is not None and self.recycle is not None:
+            msg = "recycle builds a preconditioner of its own: give one of the two"
+            raise ValueError(msg)
 
     def _kernel(self, **context: Any) -> Kernel:
         raise NotImplementedError

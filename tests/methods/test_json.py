@@ -25,10 +25,10 @@ def test_round_trip_of_every_method(name):
     [
         ih.BlockCG(rtol=1e-3, atol=1e-9, etol=1e-2, maxiter=7, max_seconds=2.5, check_every=None),
         ih.BlockCG(preconditioner=ih.NystroemPreconditioner(rank="adaptive", rng=3)),
-        ih.Minres(preconditioner=ih.Jacobi(samples=np.int64(4)), max_restarts=0),
+        ih.Minres(preconditioner=ih.Jacobi(samples=4), max_restarts=0),
         ih.LiSSA(scale=12.5, preconditioner=ih.Direct(max_size=50), variance_reduction="svrg"),
         ih.Arnoldi(rank=3, complement="drop"),
-        ih.NystroemSketch(sketch="columns", max_rank=9),
+        ih.NystroemSketch(sketch="columns", max_rank=np.int64(9)),
     ],
     ids=repr,
 )
