@@ -17,8 +17,22 @@ import numpy as np
 
 from .protocols import Array
 
-namespace = compat.array_namespace
 device = compat.device
+
+
+_NAMESPACES: dict[type, Any] = {}  # by array type: asking an array costs more than a small GEMM
+
+
+def namespace(*arrays: Array) -> Any:
+    """The array-API namespace of the arrays; TypeError where they are of several libraries."""
+    kind = type(arrays[0])
+    for array in arrays[1:]:
+        if type(array) is not kind:
+            return compat.array_namespace(*arrays)
+    found = _NAMESPACES.get(kind)
+    if found is None:
+        found = _NAMESPACES[kind] = compat.array_namespace(arrays[0])
+    return found
 
 
 def is_array(x: Any) -> bool:
@@ -28,7 +42,7 @@ def is_array(x: Any) -> bool:
 
 def is_numpy(x: Array) -> bool:
     """Whether `x` is a NumPy array."""
-    return compat.is_numpy_array(x)
+    return isinstance(x, np.ndarray)
 
 
 def library_name(x: Array) -> str:
@@ -56,6 +70,7 @@ def is_tracing(x: Array) -> bool:
 # --------------------------------------------------------------------------- dtypes and devices
 
 
+@lru_cache(maxsize=64)
 def eps(dtype: Any) -> float:
     """Unit spacing of a real floating dtype of any library."""
     return {"float64": 2.0**-52, "float32": 2.0**-23, "bfloat16": 2.0**-7, "float16": 2.0**-10}[
@@ -68,6 +83,7 @@ def itemsize(dtype: Any) -> int:
     return {"float64": 8, "float32": 4}.get(dtype_name(dtype), 2)
 
 
+@lru_cache(maxsize=64)
 def dtype_name(dtype: Any) -> str:
     """`"float32"` for `np.float32`, `torch.float32`, `jnp.float32` and strict's alike."""
     name = getattr(dtype, "name", None) or getattr(dtype, "__name__", None) or str(dtype)
@@ -95,11 +111,11 @@ def _has_float64(xp: Any, dev: Any) -> bool:
 
 def has_float64(x: Array) -> bool:
     """Whether the device of `x` computes in float64 (MPS, TPUs and JAX by default do not)."""
+    if is_numpy(x):
+        return True
     xp = namespace(x)
     if compat.is_jax_namespace(xp):  # jax.config may change: never cached, never a warning
         return bool(sys.modules["jax"].config.jax_enable_x64)
-    if compat.is_numpy_namespace(xp):
-        return True
     try:
         return _has_float64(xp, device(x))
     except TypeError:  # an unhashable device (CuPy): CUDA devices all have float64
@@ -111,7 +127,7 @@ def has_float64(x: Array) -> bool:
 
 def to_host(x: Array) -> np.ndarray:
     """Copy a small array to the host as NumPy: the one sanctioned synchronisation."""
-    if compat.is_numpy_array(x):
+    if is_numpy(x):
         return x
     if compat.is_cupy_array(x):
         return x.get()
@@ -158,7 +174,7 @@ def to_small(x: Array) -> Array:
 def lift(M: Array, like: Array) -> Array:
     """Bring a small array back beside `like`, in the dtype of `like`."""
     xp = namespace(like)
-    if compat.is_numpy_array(M) and not compat.is_numpy_array(like):
+    if is_numpy(M) and not is_numpy(like):
         return from_host(M, like)
     return M if M.dtype == like.dtype else xp.astype(M, like.dtype)
 
@@ -173,6 +189,8 @@ def cast(X: Array, like: Array) -> Array:
 
 def matmul(a: Array, b: Array) -> Array:
     """Multiply without TF32: the engine's only matrix product on tall blocks."""
+    if is_numpy(a):
+        return a @ b
     if compat.is_torch_array(a):
         if a.device.type == "cuda" and dtype_name(a.dtype) == "float32":
             flags = sys.modules["torch"].backends.cuda.matmul
@@ -233,7 +251,7 @@ def eigh(M: Array) -> tuple[Array, Array]:
 def solve_lower(L: Array, B: Array, *, transpose: bool = False) -> Array:
     """Solve L X = B (or Lᵀ X = B) for a lower-triangular L and a two-dimensional B."""
     xp = namespace(L)
-    if compat.is_numpy_array(L):
+    if is_numpy(L):
         from scipy.linalg import solve_triangular
 
         return solve_triangular(L, B, lower=True, trans=int(transpose), check_finite=False)

@@ -11,6 +11,7 @@ from invhvp import _backend
 from invhvp.operators import LinearOperator
 
 from . import samples
+from .bridge import TorchDoor, bridge_to
 from .data import Cache, Cached, Streamed, read
 from .double_backward import GradientGraph, probe
 from .evaluation import check_independent, evaluation, seed
@@ -34,7 +35,9 @@ def hessian(
     keep_graph: KeepGraph = "auto",
     batch_size: int | None = None,
     rng: int = 0,
-) -> Hessian:
+    array_namespace: Any = None,
+    transfer: bool = False,
+) -> LinearOperator:
     """Build the Hessian of the mean loss Σ w_i ∇²ℓ_i / Σ w_i in the selected parameters.
 
     ℓ_i is the loss of sample i alone, so that batch size, order and a short last batch change
@@ -60,6 +63,9 @@ def hessian(
             as half of free memory holds. The values are the same.
         batch_size: samples at once where the data are one tuple of tensors.
         rng: the seed of what is random in training mode.
+        array_namespace: `numpy` or `cupy`, for an operator that takes and gives their arrays
+            without copies; by default torch.
+        transfer: allow NumPy with a model on a GPU, at the price of copies.
 
     Raises TypeError for data that can be read only once, ValueError for a loss whose batch mean
     is not the mean over its samples, RuntimeError where the data differ between passes or the
@@ -79,6 +85,7 @@ def hessian(
     """
     objective = Objective(model=model, loss=loss, batch_loss=batch_loss, reduction=reduction)
     selected = Parameters(model, parameters)
+    bridge = bridge_to(array_namespace, selected.like, transfer=transfer)
     check_independent(model, training=training)
     if count is not None:
         check_count(count, objective)
@@ -95,7 +102,7 @@ def hessian(
         whole = batches.joined(survey.sizes)
     stored = isinstance(batches, Cached) or keep_graph is True
     keep = survey.n_to_keep(keep_graph) if stored else 0
-    return (Hessian if whole is None else SampledHessian)(
+    H = (Hessian if whole is None else SampledHessian)(
         objective=objective,
         parameters=selected,
         batches=batches,
@@ -107,9 +114,10 @@ def hessian(
         bytes_per_sample=survey.bytes_per_sample,
         whole=whole,
     )
+    return H if bridge is None else bridge.operator(H)
 
 
-class Hessian(LinearOperator):
+class Hessian(TorchDoor):
     """(1/count) Σ_b ∇² (sum of the losses of batch b); made by `hessian`."""
 
     def __init__(

@@ -28,6 +28,8 @@ def gauss_newton(
     memory: float | None = None,
     batch_size: int | None = None,
     rng: int = 0,
+    array_namespace: Any = None,
+    transfer: bool = False,
 ) -> LinearOperator:
     """Build the generalised Gauss–Newton matrix Σ w_i J_iᵀ H_i J_i / Σ w_i of the mean loss.
 
@@ -74,6 +76,8 @@ def gauss_newton(
         memory=memory,
         batch_size=batch_size,
         rng=rng,
+        array_namespace=array_namespace,
+        transfer=transfer,
     )
 
 
@@ -92,6 +96,8 @@ def fisher(
     memory: float | None = None,
     batch_size: int | None = None,
     rng: int = 0,
+    array_namespace: Any = None,
+    transfer: bool = False,
 ) -> LinearOperator:
     """Build the Fisher matrix, the mean of g gᵀ over labels that the model itself would give.
 
@@ -138,6 +144,8 @@ def fisher(
         memory=memory,
         batch_size=batch_size,
         rng=rng,
+        array_namespace=array_namespace,
+        transfer=transfer,
     )
 
 
@@ -155,6 +163,8 @@ def empirical_fisher(
     memory: float | None = None,
     batch_size: int | None = None,
     rng: int = 0,
+    array_namespace: Any = None,
+    transfer: bool = False,
 ) -> LinearOperator:
     """Build the mean of g_i g_iᵀ over the per-sample gradients at the given labels.
 
@@ -189,4 +199,6 @@ def empirical_fisher(
         memory=memory,
         batch_size=batch_size,
         rng=rng,
+        array_namespace=array_namespace,
+        transfer=transfer,
     )

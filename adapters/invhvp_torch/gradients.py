@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
-from invhvp.gradients import GradientMatrix, StackedGradients
+from invhvp.gradients import GradientMatrix
 
 from . import samples, seeds
+from .bridge import bridge_to
 from .data import as_batches, check_order
 from .evaluation import check_independent, evaluation
 from .objective import BatchLoss, Loss, Objective, Reduction
@@ -28,21 +29,25 @@ def per_sample_gradients(
     reduction: Reduction = "mean",
     batch_size: int | None = None,
     rng: int = 0,
-) -> StackedGradients:
+    array_namespace: Any = None,
+    transfer: bool = False,
+) -> GradientMatrix:
     """Compute the gradients ∇ℓ_i of every sample's loss, an N × n matrix with samples in rows.
 
-    Weights of `nn.Linear` stay factored, as outer products of what a layer was given and what
-    came back; all other parameters get exact dense rows, which a note in the log names. With
-    sample weights row i is w_i ∇ℓ_i. Arguments are those of `hessian`; the data are read once,
-    and may also be given as (model, loss, x, y).
+    Weights of linear layers, convolutions, embeddings and attention stay factored, as outer
+    products of what a layer was given and what came back, where that is smaller than the rows;
+    scales and shifts of normalisations come from the same backward pass. All other parameters
+    get exact dense rows, which a note in the log names. With sample weights row i is w_i ∇ℓ_i.
+    Arguments are those of `hessian`; the data are read once, and may also be given as
+    (model, loss, x, y).
 
     Raises ValueError for a shuffling loader and where the samples of a batch depend on each
     other (batch normalisation in training mode).
 
-    Cost: one forward and one backward pass a batch, and as much again for parameters that are
-    not of linear layers. The first batch is checked on two of its samples against gradients of
+    Cost: one forward and one backward pass a batch, and as much again for parameters of layers
+    that have no rule here. The first batch is checked on two of its samples against gradients of
     their own losses; what does not agree is computed the slow way. Memory: N T (o + i) numbers
-    for a linear layer applied T times a sample, N times their size for other parameters.
+    for an (o, i) weight applied T times a sample, or N o i where that is less.
 
     Example:
         >>> import torch, invhvp_torch as it
@@ -56,6 +61,7 @@ def per_sample_gradients(
     check_order(data)
     objective = Objective(model=model, loss=loss, batch_loss=batch_loss, reduction=reduction)
     selected = Parameters(model, parameters)
+    bridge = bridge_to(array_namespace, selected.like, transfer=transfer)
     check_independent(model, training=training)
     device = selected.like.device
     found: list[dict[str, GradientMatrix]] = []
@@ -72,4 +78,5 @@ def per_sample_gradients(
     if not found:
         raise ValueError("the data have no batches")
     rows.log()
-    return join(found, selected.layout)
+    G = join(found, selected.layout)
+    return G if bridge is None else bridge.gradients(G)

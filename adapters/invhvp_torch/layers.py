@@ -72,6 +72,8 @@ class Outer:
         return StackedGradients({f"group {g}": block for g, block in enumerate(blocks)})
 
 
+_PIECE = 64 << 20  # bytes of an array that is formed only to be multiplied
+
 Part: TypeAlias = Outer | torch.Tensor
 Rule: TypeAlias = Callable[[Any, torch.Tensor, torch.Tensor], Mapping[str, Part]]
 
@@ -123,9 +125,26 @@ def _transposed_linear(_module: nn.Module, x: torch.Tensor, d: torch.Tensor) -> 
 
 def _convolution(module: Any, x: torch.Tensor, d: torch.Tensor) -> Mapping[str, Part]:
     shape = module.weight.shape
+    groups = x.shape[1] // shape[1]
     d = d.flatten(2).mT
-    a = _patches(module, x, shape[2:])
-    return {"weight": Outer(d, a, x.shape[1] // shape[1]), "bias": d.sum(1)}
+    N, T, patch = x.shape[0], d.shape[1], x.shape[1] * math.prod(shape[2:])
+    step = max(1, _PIECE // max(1, T * patch * x.element_size()))
+    small = T * (shape[0] + patch) <= shape.numel()
+    if small or step >= N:
+        weight: Part = Outer(d, _patches(module, x, shape[2:]), groups)
+    else:  # patches are up to a kernel's size times the input: a few samples at a time
+        each = d.shape[0] // N
+        weight = torch.cat(
+            [
+                Outer(
+                    d[i * each : (i + step) * each],
+                    _patches(module, x[i : i + step], shape[2:]),
+                    groups,
+                ).rows()
+                for i in range(0, N, step)
+            ]
+        )
+    return {"weight": weight, "bias": d.sum(1)}
 
 
 def _patches(module: Any, x: torch.Tensor, kernel: torch.Size) -> torch.Tensor:
@@ -142,10 +161,24 @@ def _patches(module: Any, x: torch.Tensor, kernel: torch.Size) -> torch.Tensor:
 def _embedding(module: nn.Embedding, x: torch.Tensor, d: torch.Tensor) -> Mapping[str, Part]:
     words, size = module.weight.shape
     x, d = x.reshape(x.shape[0], -1), d.reshape(d.shape[0], -1, size)
-    chosen = F.one_hot(x, words).to(d.dtype)
+    N, T = x.shape
+    step = max(1, _PIECE // max(1, T * words * d.element_size()))
+    if T * (words + size) <= words * size or step >= N:
+        return {"weight": Outer(_chosen(module, x, d), d)}
+    each = d.shape[0] // N
+    rows = [
+        Outer(_chosen(module, x[i : i + step], d), d[i * each : (i + step) * each]).rows()
+        for i in range(0, N, step)
+    ]
+    return {"weight": torch.cat(rows)}
+
+
+def _chosen(module: nn.Embedding, x: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
+    """One-hot rows (N, T, words): a product with them is deterministic, a scatter is not."""
+    chosen = F.one_hot(x, module.weight.shape[0]).to(d.dtype)
     if module.padding_idx is not None:
         chosen[..., module.padding_idx] = 0.0  # our own
-    return {"weight": Outer(chosen, d)}
+    return chosen
 
 
 def _scale_and_shift(x: torch.Tensor, d: torch.Tensor, axes: tuple[int, ...]) -> Mapping[str, Part]:

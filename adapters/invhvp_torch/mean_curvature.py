@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from invhvp import _backend
 from invhvp.gradients import GradientMatrix, StackedGradients, StreamedGradients
 from invhvp.operators import LinearOperator, RankOneMean
 
+from .bridge import TorchDoor, bridge_to
 from .curvature import check_count
 from .data import Cached, Streamed, read
 from .evaluation import check_independent, evaluation, seed
@@ -61,6 +63,8 @@ def build(
     memory: float | None,
     batch_size: int | None,
     rng: int,
+    array_namespace: Any,
+    transfer: bool,
 ) -> LinearOperator:
     """Read the data once, decide where the rows live, and make the operator."""
     observed = kind.outputs is not None and batch_loss is not None
@@ -68,6 +72,7 @@ def build(
         model=model, loss=loss, batch_loss=batch_loss, reduction=reduction, observed=observed
     )
     selected = Parameters(model, parameters)
+    bridge = bridge_to(array_namespace, selected.like, transfer=transfer)
     check_independent(model, training=training)
     if count is not None:
         check_count(count, objective)
@@ -87,7 +92,7 @@ def build(
         raise ValueError(msg)
     said = f"{pass_.n} sample{'s' * (pass_.n != 1)}"
     if where == THROUGH:
-        return ThroughModel(
+        A = ThroughModel(
             kind.name,
             objective=objective,
             parameters=selected,
@@ -100,17 +105,21 @@ def build(
             psd=definite,
             said=f"{said}, {where}",
         )
+        return A if bridge is None else bridge.operator(A)
     if where == "cached":
         G: GradientMatrix = join(found, selected.layout)
+        G = G if bridge is None else bridge.gradients(G)
         said += f", {G.shape[0]} rows cached in {_size(G.nbytes)}"
     else:
         n_rows, layout = pass_.n_rows, selected.layout
-        G = StreamedGradients(lambda: pass_.stream(batches), n_rows, layout=layout)
+        convert = None if bridge is None else bridge.gradients
+        rows = partial(pass_.stream, batches)
+        G = StreamedGradients(rows, n_rows, convert=convert, layout=layout)
         said += f", {n_rows} rows streamed from {len(batches)} batches"
     return MeanCurvature(kind.name, G, count=total, said=said)
 
 
-class MeanCurvature(RankOneMean):
+class MeanCurvature(RankOneMean, TorchDoor):
     """The mean of rank-one matrices over the samples of a model; made by `gauss_newton` & co."""
 
     def __init__(self, name: str, gradients: GradientMatrix, *, count: float, said: str) -> None:
@@ -118,11 +127,11 @@ class MeanCurvature(RankOneMean):
         self._name = name
         self._said = said
 
-    def _matmat(self, X: torch.Tensor, /) -> torch.Tensor:
+    def _matmat(self, X: Any, /) -> Any:
         G = self._gradients
         if not isinstance(G, StreamedGradients):
             return super()._matmat(X)
-        total = torch.zeros_like(X)
+        total = 0.0 * X
         for part in G.parts():  # one pass over the batches, not one each way
             total = total + part.T @ (part @ X)
         return total / self.count

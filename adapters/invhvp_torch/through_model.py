@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 
 from invhvp import _backend
-from invhvp.operators import LinearOperator
 
+from .bridge import TorchDoor
 from .data import Cached, Streamed
 from .double_backward import explained
 from .evaluation import evaluation, seed
@@ -18,7 +18,7 @@ from .parameters import Parameters
 from .seeds import Source
 
 
-class ThroughModel(LinearOperator):
+class ThroughModel(TorchDoor):
     """(1/count) Σ_b J_bᵀ H_b J_b over batches, where J_b and its transpose are autodiff passes.
 
     J v comes from differentiating Jᵀu in u (Townsend's double-vjp trick): reverse mode alone, so

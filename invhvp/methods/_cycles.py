@@ -239,7 +239,7 @@ class Block:
                 continue
             if reason is Status.MAXITER:
                 self.status[j] = reason
-            elif last or not halved[i] or self.norms[j] <= self._floor(j):
+            elif last or not halved[i] or self._at_floor(j, 2):
                 self.status[j] = self._unmet(j)
 
     def _norm(self) -> float:
@@ -251,16 +251,17 @@ class Block:
             self.size, self.measured = max(self.size, norm), True
         return self.size
 
-    def _floor(self, j: int) -> float:
-        """The residual that rounding leaves behind: a few units of ‖A + λI‖‖x‖."""
+    def _at_floor(self, j: int, units: float) -> bool:
+        """Whether rounding leaves a residual like this behind: a few units of ε‖A + λI‖‖x‖."""
         eps = _backend.eps(self.B.dtype)
-        return 2 * eps * max(self._norm() * self.x_norms[j], self.b_norms[j])
+
+        def explained(size: float) -> bool:
+            limit = units * eps * max(size * self.x_norms[j], self.b_norms[j])
+            return bool(self.norms[j] <= limit)
+
+        # The size so far is a lower bound: what it explains needs no measurement.
+        return explained(self.size) or explained(self._norm())
 
     def _unmet(self, j: int) -> Status:
         """FLOOR where rounding explains the residual, else STAGNATED."""
-        return Status.FLOOR if self.norms[j] <= 8 * self._floor(j) else Status.STAGNATED
-
-
-def _nothing(k: int) -> Look:
-    zero = np.zeros(k)
-    return Look(np.ones(k), np.full(k, np.inf), zero, zero, zero > 1, 0.0, 0.0)
+        return Status.FLOOR if self._at_floor(j, 16) else Status.STAGNATED

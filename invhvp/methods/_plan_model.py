@@ -72,8 +72,9 @@ class ModelSpectrum:
         # Nothing lies between an atom and its neighbour, or in a gap between two clusters.
         empty = atoms[1:] | atoms[:-1] | _clefts(heights)
         left, right = middles.copy(), middles.copy()
-        left[1:], right[:-1] = np.where(empty, starts[1:], left[1:]), np.where(
-            empty, ends[:-1], right[:-1]
+        left[1:], right[:-1] = (
+            np.where(empty, starts[1:], left[1:]),
+            np.where(empty, ends[:-1], right[:-1]),
         )
         positions = np.stack([left, right], axis=1).reshape(-1)
         heights = np.repeat(heights, 2)
