@@ -1,4 +1,4 @@
-"""python -m benchmarks forms|methods [--quick] [--cap SECONDS] [--out DIR]."""
+"""python -m benchmarks forms|methods|gauss-newton [--quick] [--cap SECONDS] [--out DIR]."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from . import forms, methods, report
+from . import forms, gauss_newton, methods, report
 
-SUITES = {"forms": forms, "methods": methods}
+SUITES = {"forms": forms, "methods": methods, "gauss-newton": gauss_newton}
 
 
 def main(arguments: list[str] | None = None) -> int:

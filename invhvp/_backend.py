@@ -70,7 +70,6 @@ def is_tracing(x: Array) -> bool:
 # --------------------------------------------------------------------------- dtypes and devices
 
 
-@lru_cache(maxsize=64)
 def eps(dtype: Any) -> float:
     """Unit spacing of a real floating dtype of any library."""
     return {"float64": 2.0**-52, "float32": 2.0**-23, "bfloat16": 2.0**-7, "float16": 2.0**-10}[
@@ -83,9 +82,14 @@ def itemsize(dtype: Any) -> int:
     return {"float64": 8, "float32": 4}.get(dtype_name(dtype), 2)
 
 
-@lru_cache(maxsize=64)
 def dtype_name(dtype: Any) -> str:
     """`"float32"` for `np.float32`, `torch.float32`, `jnp.float32` and strict's alike."""
+    return _dtype_name(type(dtype), dtype)
+
+
+@lru_cache(maxsize=64)
+def _dtype_name(_: type, dtype: Any) -> str:
+    # The type is part of the key: strict's dtypes share hashes with NumPy's but hate comparison.
     name = getattr(dtype, "name", None) or getattr(dtype, "__name__", None) or str(dtype)
     return name.rpartition(".")[2]
 

@@ -88,12 +88,15 @@ class Calls:
         for handle in self._handles:
             handle.remove()
 
-    def blocks(self, values: torch.Tensor, allowed: set[str]) -> dict[str, GradientMatrix]:
+    def blocks(
+        self, values: torch.Tensor, allowed: set[str], *, keep: bool = True
+    ) -> dict[str, GradientMatrix]:
         """Gradients of all values (N, C) in the `allowed` parameters that only layers use.
 
         Rows are those of (N C,): the values of a sample are together. One backward pass for each
         of the C. A use that was not recorded (a functional call) shows in the graph as an edge
-        more into the parameter; such parameters are left out, for others to compute.
+        more into the parameter; such parameters are left out, for others to compute. Without
+        `keep` the graph and the recorded calls are given up on the way.
         """
         n, columns = values.shape
         uses, reached = self._uses(values)
@@ -110,12 +113,20 @@ class Calls:
             return {}
         edges = [call.edge for call in calls]
         slopes = [
-            torch.autograd.grad(values[:, c].sum(), edges, retain_graph=True)
+            list(
+                torch.autograd.grad(values[:, c].sum(), edges, retain_graph=keep or c + 1 < columns)
+            )
             for c in range(columns)
         ]
+        del edges, seen
+        if not keep:
+            for layer in self.layers:
+                layer.calls.clear()
         parts: dict[str, list[layers.Part]] = {}
-        for call, found in zip(calls, zip(*slopes, strict=True), strict=True):
-            added = _added(call, found, n)
+        while calls:
+            # Taken out of the lists, so that nothing is held that has been used.
+            call = calls.pop()
+            added = _added(call, tuple(column.pop() for column in slopes), n)
             for key, name in call.layer.names.items():
                 if key in added:
                     parts.setdefault(name, []).append(added[key])

@@ -131,7 +131,7 @@ class MeanCurvature(RankOneMean, TorchDoor):
         G = self._gradients
         if not isinstance(G, StreamedGradients):
             return super()._matmat(X)
-        total = 0.0 * X
+        total = _backend.namespace(X).zeros_like(X)
         for part in G.parts():  # one pass over the batches, not one each way
             total = total + part.T @ (part @ X)
         return total / self.count

@@ -32,14 +32,10 @@ def mixed_gradients(
     With v = (H + λI)⁻¹∇ℓ_test this is how the influence of a training sample on the test loss
     changes with the sample's own input.
 
-    Args:
-        x: inputs (N, ...), of a floating dtype.
-        y: targets, a tensor or a tree of tensors with N rows.
-        V: (n, k), or (n,) for one vector; columns are in the order of `to_array`.
+    `x` are inputs (N, ...) of a floating dtype, `y` targets with N rows, `V` is (n, k), or (n,)
+    for one vector, in the order of `to_array`. The other arguments are those of `hessian`.
 
-    The other arguments are those of `hessian`.
-
-    Returns (k, N, ...), or (N, ...) for one vector, on the device of the parameters.
+    The result is (k, N, ...), or (N, ...) for one vector, on the device of the parameters.
 
     Raises TypeError for integer inputs, and what `hessian` raises.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from .objective import Forward, Objective, close, is_separable
 from .parameters import Parameters
 from .sample_rows import graph_rows, vmap_rows
 from .seeds import Seeds, Source
+
+_PROBED = 4 << 20  # parameters whose dense rows are compared at once
 
 _LOG = logging.getLogger("invhvp.torch")
 
@@ -68,14 +71,17 @@ class Rows:
         seeds = self._trial(forward)
         values = seeds.values(forward)
         found = calls.blocks(values, self._factored)
-        truth = graph_rows(values[:, 0], self._parameters, list(names), chosen)
-        self._factored = {
-            name for name, block in found.items() if close(block.to_dense()[chosen, :], truth[name])
-        }
-        rest = [name for name in names if name not in self._factored]
-        n = forward.n
-        self.row_bytes = sum(found[name].nbytes for name in self._factored) / n
-        self.row_bytes += sum(truth[name].nbytes for name in rest) / len(chosen)
+        self._factored, truth, sizes = set(), {}, self._parameters.layout
+        for group in _groups({name: sizes[name].size for name in names}):
+            right = graph_rows(values[:, 0], self._parameters, group, chosen)
+            for name in group:
+                if name in found and close(found[name].to_dense()[chosen, :], right[name]):
+                    self._factored.add(name)
+                else:
+                    truth[name] = right[name]
+        rest = list(truth)
+        self.row_bytes = sum(found[name].nbytes for name in self._factored) / forward.n
+        self.row_bytes += sum(rows.nbytes for rows in truth.values()) / len(chosen)
         self._vmapped = set()
         # Masks of training mode belong to the batch: samples alone would draw others.
         if rest and self._separable and not self._training:
@@ -105,7 +111,8 @@ class Rows:
             sentinel = forward.check(sentinel)
         seeds = self._source(forward, index)
         values = seeds.values(forward)
-        blocks = calls.blocks(values, self._factored) if self._factored else {}
+        keep = len(self._factored) < len(self._parameters.names)
+        blocks = calls.blocks(values, self._factored, keep=keep) if self._factored else {}
         rest = [name for name in self._parameters.names if name not in blocks]
         # A vmapped loss is that of the objective; a rescaled one goes through the graph.
         quick = [name for name in rest if name in self._vmapped and seeds.scale is None]
@@ -113,6 +120,8 @@ class Rows:
             self._add(blocks, self._vmap(batch, seeds, quick), "vmap")
         slow = [name for name in rest if name not in blocks]
         if slow:
+            if not keep:  # a rule that does not fit this batch
+                values = seeds.values(self._forward(batch, index))
             rows = self._one_by_one(batch, values, seeds, slow)
             self._add(blocks, rows, "sample by sample")
         return blocks, sentinel, forward
@@ -168,9 +177,20 @@ class Rows:
             _LOG.info("dense per-sample gradients for %s", names)
 
 
+def _groups(sizes: dict[str, int]) -> Iterator[list[str]]:
+    """Names in order, as many together as have no more than a few million parameters."""
+    group: list[str] = []
+    for name, size in sizes.items():
+        if group and size + sum(sizes[other] for other in group) > _PROBED:
+            yield group
+            group = []
+        group.append(name)
+    yield group
+
+
 def join(batches: list[dict[str, GradientMatrix]], layout: Layout) -> StackedGradients:
-    """The samples of all batches, one batch after the other."""
-    joined = {name: _join([blocks[name] for blocks in batches]) for name in layout.names}
+    """The samples of all batches, one after the other; the blocks leave the batches for it."""
+    joined = {name: _join([blocks.pop(name) for blocks in batches]) for name in layout.names}
     return StackedGradients(joined, layout=layout)
 
 

@@ -13,7 +13,7 @@ from .spectrum import Estimate, spectrum
 def logdet(
     A: Any, damping: float, /, *, steps: int = 20, probes: int = 4, rng: Any = 0
 ) -> Estimate:
-    """log det(A + λI): exact where A has a factorisation of its own, else by Lanczos quadrature.
+    """The log-determinant of A + λI: exact where A factorises itself, else by Lanczos quadrature.
 
     Dense, diagonal, low-rank, sample-space and block-diagonal operators are factorised, and the
     standard error is 0. Of any other the trace of log(A + λI) is estimated from `probes` Lanczos
@@ -22,7 +22,9 @@ def logdet(
     Args:
         A: a symmetric operator.
         damping: λ > 0.
-        steps, probes, rng: of the estimate, as in `spectrum`.
+        steps: of each Lanczos recurrence.
+        probes: recurrences.
+        rng: seed.
 
     Raises ValueError for λ ≤ 0 or an A + λI that is not positive definite (IndefiniteError where
     a Lanczos recurrence proves it).

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -90,7 +91,7 @@ class ModelSpectrum:
             floor=0.2 * density.eps * size * stretch,
         )
 
-    def eigenvalue(self, index: np.ndarray) -> np.ndarray:
+    def eigenvalue(self, index: Any) -> np.ndarray:
         """The eigenvalues with about `index` larger ones."""
         return self.unit * np.sinh(np.interp(index, self.positions, self.heights))
 
@@ -106,7 +107,7 @@ class ModelSpectrum:
         rhs = [random.standard_normal((head, columns))]
         groups = 200 if columns <= 8 else 100
         edges = np.unique(np.geomspace(head, self.n, groups + 1).round())
-        for low, high in zip(edges, edges[1:], strict=False):
+        for low, high in pairwise(edges):
             value = self.eigenvalue(np.asarray([(low + high) / 2]))
             copies = min(columns, int(high - low))
             Q, _ = np.linalg.qr(random.standard_normal((columns, copies)))

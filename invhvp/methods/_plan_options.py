@@ -1,4 +1,4 @@
-"""What each method would cost: products and passes from the model, arithmetic and memory counted."""
+"""What each method would cost: passes from the model, arithmetic and memory counted."""
 
 from __future__ import annotations
 

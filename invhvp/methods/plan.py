@@ -76,8 +76,9 @@ class Plan:
         lines = [
             f"{self.operator}: {self.n_rhs} right-hand sides, damping {self.damping:g}, "
             f"rtol {self.rtol:g}",
-            f"spectrum: λmax ≥ {self.largest:.3g}, λmin ≤ {self.smallest:.3g}, trace {self.trace:.3g}, "
-            f"effective dimension {self.effective_dimension:.0f} (from {self.products} products)",
+            f"spectrum: λmax ≥ {self.largest:.3g}, λmin ≤ {self.smallest:.3g}, trace "
+            f"{self.trace:.3g}, effective dimension {self.effective_dimension:.0f} "
+            f"(from {self.products} products)",
             "",
         ]
         for row in table:

@@ -55,7 +55,7 @@ class SymmetricFactor:
         return self._eigen
 
     def logdet(self) -> float:
-        """log det M of a positive definite M; one transfer to the host."""
+        """The log-determinant of a positive definite M; one transfer to the host."""
         check_definite(self.definite)
         xp = _backend.namespace(self._L)
         pivots = xp.linalg.diagonal(self._L)

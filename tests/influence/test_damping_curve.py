@@ -1,4 +1,4 @@
-"""The damping curve: every λ as if it were solved alone, and rank correlations as SciPy has them."""
+"""The damping curve: every λ as if solved alone, and rank correlations as SciPy has them."""
 
 from __future__ import annotations
 

@@ -50,7 +50,9 @@ def test_minus_one_is_the_inverse_and_halves_multiply(backend):
     B = backend.asarray(np.random.default_rng(0).standard_normal((N, 3)))
     half = inverse.power(-0.5)
     X, Y = backend.to_numpy(inverse @ B), backend.to_numpy(half @ (half @ B))
-    np.testing.assert_allclose(Y, X, rtol=0, atol=1e3 * backend.eps * np.abs(X).max() / DAMPING**0.5)
+    np.testing.assert_allclose(
+        Y, X, rtol=0, atol=1e3 * backend.eps * np.abs(X).max() / DAMPING**0.5
+    )
     Z = backend.to_numpy(inverse.power(-1.0) @ B)
     np.testing.assert_allclose(Z, X, rtol=0, atol=1e3 * backend.eps * np.abs(X).max())
 

@@ -86,7 +86,7 @@ def test_the_sketch_belongs_to_one_inverse_and_is_made_once():
 
 def test_an_indefinite_operator_is_still_counted_and_named():
     M = decaying()
-    w, V = np.linalg.eigh(M)
+    _, V = np.linalg.eigh(M)
     M = M - 3.0 * np.outer(V[:, 0], V[:, 0])
     product = Counted((M + M.T) / 2)
     A = ih.Callback(product, N, like=np.ones(1))
