@@ -42,7 +42,7 @@ def is_array(x: Any) -> bool:
 
 def is_numpy(x: Array) -> bool:
     """Whether `x` is a NumPy array."""
-    return isinstance(x, np.ndarray)
+    return isinstance(x, np.ndarray | np.generic)
 
 
 def library_name(x: Array) -> str:

@@ -15,6 +15,8 @@ import numpy as np
 from . import _backend
 from .protocols import Array
 
+_SALT = 0x1A2B3C
+
 
 class Random:
     """Draws arrays like `like` (namespace, device, dtype) from its own stream."""
@@ -29,8 +31,11 @@ class Random:
         elif torch is not None and isinstance(rng, torch.Generator):
             self._native = rng
             self._host = np.random.default_rng(rng.initial_seed() % 2**63)
-        elif rng is None or isinstance(rng, int | np.integer):
-            self._host = np.random.default_rng(rng)
+        elif rng is None:
+            pass
+        elif isinstance(rng, int | np.integer):
+            # Salted: data drawn from default_rng(0) must not meet itself again as a probe.
+            self._host = np.random.default_rng([_SALT, int(rng)])
         else:
             msg = (
                 f"rng must be an int, a numpy.random.Generator, a torch.Generator or None, "

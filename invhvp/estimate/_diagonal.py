@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,64 +11,13 @@ from .. import _backend, _linalg
 from .._random import Random, generator
 from ..operators import LinearOperator, as_operator
 from ..protocols import Array, HasDiagonal
+from ._estimates import DiagonalEstimate, TraceEstimate
 from ._leave_one_out import LeaveOneOut, leave_one_out
+from ._leave_one_out_nystroem import nystroem_samples
 
 _CHUNK = 16  # probes multiplied at a time: full speed, and few vectors held
 _PILOT = 4  # probes below which nothing can be said about the spectrum
 _GOOD = 0.1  # relative standard error at which plain probes are kept whatever the spectrum
-
-
-@dataclass(frozen=True, kw_only=True)
-class DiagonalEstimate:
-    """An estimate of diag(A).
-
-    Attributes:
-        values: (n,), unbiased.
-        standard_error: (n,), of each value; 0 where the values are exact, inf for one sample.
-            The samples of XDiag share a sketch: theirs is up to √2 too small.
-        samples: how many single estimates `values` is the mean of.
-        products: operator-vector products spent.
-        kind: "exact", "hutchinson" or "xdiag".
-    """
-
-    values: Array
-    standard_error: Array
-    samples: int
-    products: int
-    kind: str
-
-    def positive(self) -> Array:
-        """Estimates that are never negative: max(value, standard error), for a preconditioner.
-
-        Below four samples the standard error is worthless; the root mean square of the samples,
-        in expectation the norm of the row, takes its place. Exact entries become |d_i|.
-        """
-        xp = _backend.namespace(self.values)
-        if self.kind == "exact" or self.samples == 1:
-            return xp.abs(self.values)
-        if self.samples < 4:
-            spread = (self.samples - 1) * self.standard_error * self.standard_error
-            return xp.sqrt(self.values * self.values + spread)
-        return xp.where(self.values > self.standard_error, self.values, self.standard_error)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TraceEstimate:
-    """An estimate of tr(A).
-
-    Attributes:
-        value: the estimate, unbiased.
-        standard_error: of the value; 0 where it is exact, inf for one sample.
-        samples: how many single estimates `value` is the mean of.
-        products: operator-vector products spent.
-        kind: "exact", "hutchinson" or "xtrace".
-    """
-
-    value: float
-    standard_error: float
-    samples: int
-    products: int
-    kind: str
 
 
 def diagonal(A: Any, *, samples: int = 16, rng: Any = 0, kind: str = "auto") -> DiagonalEstimate:
@@ -81,12 +29,15 @@ def diagonal(A: Any, *, samples: int = 16, rng: Any = 0, kind: str = "auto") -> 
         rng: an int or a generator.
         kind: "hutchinson": the mean of ω ∘ Aω over Rademacher ω; the diagonal itself adds no
             variance. "xdiag": deflation by a sketch with each column left out in turn; better by
-            orders of magnitude where the spectrum decays, worse where it is flat. "auto": the
-            operator's own diagonal, or all n products if they are not more than `samples`; else
-            half of the samples are spent on probes, and the rest goes to XDiag where these err by
-            more than 10 % and their singular values fall by a factor of 10.
+            orders of magnitude where the spectrum decays, worse where it is flat. "xnysdiag": the
+            same with a Nyström model, for a PSD operator; usually 2 to 10 times better still.
+            "auto": the operator's own diagonal, or all n products if they are not more than
+            `samples`; else half of the samples are spent on probes, and the rest goes to XNysDiag
+            (XDiag where A is not known to be PSD) where these err by more than 10 % and their
+            singular values fall by a factor of 10.
 
-    Raises ValueError for samples < 1 (< 4 for "xdiag") and for an unknown kind.
+    Raises ValueError for samples < 1 (< 4 for "xdiag" and "xnysdiag"), an unknown kind, and
+    "xnysdiag" for an operator that is not declared psd.
     Cost: at most `samples` products; 48 vectors, for XDiag 4·samples.
 
     Source: Bekas, Kokiopoulou & Saad (2007), An estimator for the diagonal of a matrix; Epperly,
@@ -100,17 +51,21 @@ def diagonal(A: Any, *, samples: int = 16, rng: Any = 0, kind: str = "auto") -> 
         array([1., 2.])
     """
     A = as_operator(A)
-    _check(samples, kind, "xdiag")
+    _check(A, samples, kind, "xdiag", "xnysdiag")
     if kind == "auto":
         exact = _exact(A, samples)
         if exact is not None:
             return exact
     random, running = generator(rng, A.like), _Running(A)
+    if kind == "xnysdiag":
+        return _xnysdiag(A, *_extended(A, samples, random))
     sketch = _sketch(A, samples, random, kind, "xdiag")
     if sketch is not None:
         Omega, Y, pieces = sketch
         running.add(Omega * Y)
         if kind == "xdiag" or _pays(pieces, running.relative_error()):
+            if kind == "auto" and A.psd:
+                return _xnysdiag(A, *_extended(A, samples, random, Omega, Y))
             return _xdiag(A, Omega, pieces)
     while running.count < samples:
         Omega = random.rademacher((A.shape[0], min(_CHUNK, samples - running.count)))
@@ -125,9 +80,10 @@ def trace(A: Any, *, samples: int = 16, rng: Any = 0, kind: str = "auto") -> Tra
         A: an operator, or anything `as_operator` takes.
         samples: products to spend at most.
         rng: an int or a generator.
-        kind: "hutchinson", "xtrace" or "auto", which chooses as `diagonal` does.
+        kind: "hutchinson", "xtrace", "xnystrace" or "auto", which chooses as `diagonal` does.
 
-    Raises ValueError for samples < 1 (< 4 for "xtrace") and for an unknown kind.
+    Raises ValueError for samples < 1 (< 4 for "xtrace" and "xnystrace"), an unknown kind, and
+    "xnystrace" for an operator that is not declared psd.
     Cost: at most `samples` products; 32 vectors, for XTrace 4·samples; one transfer to the host.
 
     Source: Hutchinson (1990); Epperly, Tropp & Webber (2024), XTrace.
@@ -139,7 +95,7 @@ def trace(A: Any, *, samples: int = 16, rng: Any = 0, kind: str = "auto") -> Tra
         6.0
     """
     A = as_operator(A)
-    _check(samples, kind, "xtrace")
+    _check(A, samples, kind, "xtrace", "xnystrace")
     if kind == "auto":
         exact = _exact(A, samples)
         if exact is not None:
@@ -148,12 +104,16 @@ def trace(A: Any, *, samples: int = 16, rng: Any = 0, kind: str = "auto") -> Tra
             return _trace_of(_host(total), exact.products, "exact")
     random = generator(rng, A.like)
     values = np.zeros(0)
+    if kind == "xnystrace":
+        return _xnystrace(*_extended(A, samples, random))
     sketch = _sketch(A, samples, random, kind, "xtrace")
     if sketch is not None:
         Omega, Y, pieces = sketch
         values = _host(_linalg.column_dot(Omega, Y))
         error = float(np.std(values, ddof=1) / math.sqrt(len(values)))
         if kind == "xtrace" or _pays(pieces, error / (abs(float(np.mean(values))) or 1.0)):
+            if kind == "auto" and A.psd:
+                return _xnystrace(*_extended(A, samples, random, Omega, Y))
             return _xtrace(A, Omega, pieces)
     while len(values) < samples:
         Omega = random.rademacher((A.shape[0], min(_CHUNK, samples - len(values))))
@@ -176,6 +136,33 @@ def _xdiag(A: LinearOperator, Omega: Array, pieces: LeaveOneOut) -> DiagonalEsti
     running = _Running(A)
     running.add(base - QS * ZS + Omega * inner)
     return running.estimate("xdiag", Omega.shape[1] + Q.shape[1])
+
+
+def _extended(
+    A: LinearOperator,
+    samples: int,
+    random: Random,
+    Omega: Array | None = None,
+    Y: Array | None = None,
+) -> tuple[Array, Array]:
+    """Ω and AΩ with as many columns as the budget (and n) allows."""
+    had = 0 if Omega is None else Omega.shape[1]
+    fresh = random.rademacher((A.shape[0], min(samples, A.shape[0]) - had))
+    product = A._matmat(fresh)
+    if Omega is None or Y is None:
+        return fresh, product
+    xp = _backend.namespace(fresh)
+    return xp.concat([Omega, fresh], axis=1), xp.concat([Y, product], axis=1)
+
+
+def _xnysdiag(A: LinearOperator, Omega: Array, Y: Array) -> DiagonalEstimate:
+    running = _Running(A)
+    running.add(nystroem_samples(Omega, Y)[0])
+    return running.estimate("xnysdiag", Omega.shape[1])
+
+
+def _xnystrace(Omega: Array, Y: Array) -> TraceEstimate:
+    return _trace_of(nystroem_samples(Omega, Y)[1], Omega.shape[1], "xnystrace")
 
 
 def _xtrace(A: LinearOperator, Omega: Array, pieces: LeaveOneOut) -> TraceEstimate:
@@ -278,11 +265,18 @@ def _host(x: Array) -> np.ndarray:
     return np.asarray(_backend.to_host(x), dtype=np.float64)
 
 
-def _check(samples: int, kind: str, leave: str) -> None:
-    if kind not in ("auto", "hutchinson", leave):
-        msg = f'kind must be "auto", "hutchinson" or "{leave}", got {kind!r}'
+def _check(A: LinearOperator, samples: int, kind: str, *deflated: str) -> None:
+    if kind not in ("auto", "hutchinson", *deflated):
+        known = ", ".join(f'"{name}"' for name in ("auto", "hutchinson", *deflated))
+        msg = f"kind must be one of {known}; got {kind!r}"
         raise ValueError(msg)
-    least = 4 if kind == leave else 1
+    least = 4 if kind in deflated else 1
     if isinstance(samples, bool) or not isinstance(samples, int) or samples < least:
         msg = f'kind="{kind}" needs samples, an int of at least {least}; got {samples!r}'
+        raise ValueError(msg)
+    if kind.startswith("xnys") and not A.psd:
+        msg = (
+            f'kind="{kind}" needs a positive semidefinite operator (psd=True where it is built); '
+            f'use "{deflated[0]}"'
+        )
         raise ValueError(msg)

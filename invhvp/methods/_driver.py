@@ -37,7 +37,13 @@ class KrylovInverse(PreparedInverse):
 
     method: KrylovMethod
 
-    def __init__(self, method: KrylovMethod, A: LinearOperator, damping: Damping) -> None:
+    def __init__(
+        self,
+        method: KrylovMethod,
+        A: LinearOperator,
+        damping: Damping,
+        preconditioner: Any = None,
+    ) -> None:
         accurate = method.residual_operator
         self.outer = A if accurate is None else as_operator(accurate)
         if self.outer.shape != A.shape:
@@ -55,7 +61,9 @@ class KrylovInverse(PreparedInverse):
                 "damping > 0; use rtol"
             )
             raise ValueError(msg)
-        self.preconditioner = prepare_preconditioner(method, A, damping)
+        self.preconditioner = preconditioner
+        if preconditioner is None:
+            self.preconditioner = prepare_preconditioner(method, A, damping)
         if self.preconditioner is not None:
             self.products += self.preconditioner.products
 
@@ -79,6 +87,11 @@ class KrylovInverse(PreparedInverse):
                 start = None if x0 is None else columns.take(x0)[:, cut]
                 parts.append(Block(run, B_work[:, cut], columns.work_norms[cut], start).solve())
         return expand(run, B, columns, parts)
+
+    def with_damping(self, damping: Damping, /) -> KrylovInverse:
+        """The inverse at another λ: nothing is re-used but what the preconditioner can."""
+        inner = None if self.preconditioner is None else self.preconditioner.with_damping(damping)
+        return KrylovInverse(self.method, self.operator, damping, inner)
 
     def _recycle(self, run: Run) -> None:
         """Sketch A at the first solve: this batch and all later ones are preconditioned by it."""

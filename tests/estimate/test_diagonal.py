@@ -86,6 +86,46 @@ def test_low_rank_is_exact(backend: Backend, rank: int, seed: int):
     assert abs(total.value - values.sum()) <= SIZE * allowed
 
 
+def psd_callback(backend: Backend, M: np.ndarray) -> Callback:
+    placed = backend.asarray(M)
+    return Callback(lambda X: placed @ X, len(M), like=backend.asarray([]), psd=True)
+
+
+@pytest.mark.backends("numpy", "strict", "torch-cpu")
+@pytest.mark.parametrize("rank", [0, 1, 9])
+def test_nystroem_deflation_of_low_rank_is_exact(backend: Backend, rank: int):
+    values = np.concatenate([np.linspace(1.0, 2.0, rank), np.zeros(SIZE - rank)])
+    M = matrix(*values, seed=1)
+    A = psd_callback(backend, M)
+    found = diagonal(A, samples=20, kind="xnysdiag")
+    allowed = 1e-10 if backend.eps < 1e-10 else 1e-3
+    assert np.allclose(backend.to_numpy(found.values), np.diag(M), rtol=0, atol=allowed)
+    assert (found.kind, found.products) == ("xnysdiag", 20)
+    total = trace(A, samples=20, kind="xnystrace")
+    assert abs(total.value - values.sum()) <= SIZE * allowed
+
+
+@pytest.mark.backends("numpy-f64")
+def test_nystroem_deflation_is_unbiased_and_chosen_where_it_is_legal(backend: Backend):
+    M = decaying()
+    A = psd_callback(backend, M)
+    runs = [diagonal(A, samples=8, rng=s, kind="xnysdiag") for s in range(400)]
+    found = np.stack([run.values for run in runs])
+    sem = found.std(axis=0, ddof=1) / math.sqrt(400)
+    assert np.all(np.abs(found.mean(axis=0) - np.diag(M)) <= 4 * sem + 1e-12)
+    totals = np.asarray([trace(A, samples=8, rng=s, kind="xnystrace").value for s in range(400)])
+    assert abs(totals.mean() - np.trace(M)) <= 4 * totals.std(ddof=1) / math.sqrt(400)
+    chosen = diagonal(A, samples=20)
+    assert (chosen.kind, chosen.products) == ("xnysdiag", 20)
+    plain = diagonal(callback(backend, M), samples=20)
+    assert plain.kind == "xdiag"
+    error = np.linalg.norm(chosen.values - np.diag(M))
+    assert error < np.linalg.norm(plain.values - np.diag(M))
+    assert trace(A, samples=20).kind == "xnystrace"
+    with pytest.raises(ValueError, match="positive semidefinite"):
+        diagonal(callback(backend, M), samples=20, kind="xnysdiag")
+
+
 # ---------------------------------------------------------------------------- what is unbiased
 
 
