@@ -46,7 +46,7 @@ class Grid:
 FULL = Grid(
     cases=(
         partial(cases.logistic_hessian, 1000),
-        partial(cases.network_hessian, 1000, 32),
+        partial(cases.network_hessian, 1000, 16),
         partial(cases.network_spectrum, 800),
     )
 )

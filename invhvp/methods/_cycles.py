@@ -14,10 +14,11 @@ import numpy as np
 
 from .. import _backend, _linalg
 from ..estimate.norm import operator_norm
+from ..operators.damping import shifted
 from ..protocols import Array
 from ..solution import Curvature, Status
 from ._columns import merge_columns, take_columns
-from ._inverse import column_look, residual_error_bounds
+from ._inverse import check_finite_columns, column_look, residual_error_bounds
 from ._krylov import RADAU_MARGIN, Kernel, Look
 
 if TYPE_CHECKING:
@@ -34,16 +35,14 @@ class Block:
         method = run.method
         self.X = _backend.namespace(B).zeros_like(B) if x0 is None else x0
         self.R = B
-        self.norms = b_norms
+        self.norms, x_norms = b_norms, np.zeros(B.shape[1])
         if x0 is not None:
             self.R = B - run.outer(x0)
-            (self.norms,) = column_look(run.norms(self.R))
+            self.norms, x_norms = column_look(run.norms(self.R), run.norms(x0))
+            check_finite_columns(x_norms, "x0")
         self.targets = np.maximum(method.rtol * b_norms, method.atol)
         k = B.shape[1]
-        self.x_norms = np.zeros(k)
-        floors = 4 * _backend.eps(B.dtype) * b_norms
-        outer, shift = run.inverse.outer, run.inverse.shift
-        self.bounds = residual_error_bounds(outer, shift, self.norms, floors)
+        self.x_norms = x_norms
         self.energies = np.zeros(k)
         self.status: list[Status | None] = [None] * k
         self.size = float(getattr(run.inverse.preconditioner, "operator_size", 0.0))
@@ -51,6 +50,12 @@ class Block:
         self.first = True
         self.refine = run.outer is not run.products
         self.limit = run.iterations + run.maxiter
+        sizes = b_norms
+        if x0 is not None and run.inverse.outer.psd and run.inverse.least > 0:
+            sizes = np.maximum(b_norms, self._norm() * x_norms)
+        floors = 4 * _backend.eps(B.dtype) * sizes
+        outer, shift = run.inverse.outer, run.inverse.shift
+        self.bounds = residual_error_bounds(outer, shift, self.norms, floors)
 
     def solve(self) -> Block:
         """Cycle until every column has a status."""
@@ -81,7 +86,12 @@ class Block:
         unit = _linalg.scale_columns(R, 1 / scale)
         inner = _backend.cast(unit, run.inverse.operator.like)
         kernel = run.kernel(guarded=method.check_every != 1)
+        before_this = run.iterations
         state, look, reason = self._iterate(kernel, inner, open_, scale)
+        if run.iterations == before_this:  # the budget allows no iteration, and no residual either
+            for j in open_:
+                self.status[j] = Status.MAXITER
+            return True
         step = _linalg.scale_columns(_backend.cast(kernel.solution(state), R), scale)
         X = take_columns(self.X, open_) + step
         B = take_columns(self.B, open_)
@@ -125,6 +135,10 @@ class Block:
                 run.iterations += 1
             run.bar.update(steps)
             seen = kernel.look(new)
+            if np.all(seen.residuals * scale <= tolerance) and method.check_every != 1:
+                state, look = new, seen  # frozen at convergence: nothing is left to divide by
+                run.record(look, scale, self.b_norms[open_])
+                return state, look, None
             if not np.all(seen.ok) or not np.all(np.isfinite(seen.residuals)):
                 good = new if method.check_every != 1 else state
                 reason = self._breakdown(kernel, good, seen)
@@ -163,15 +177,22 @@ class Block:
             return None if np.all(np.isfinite(seen.residuals)) else Status.NONFINITE
         v = kernel.suspect(state, ~seen.ok)
         norm = run.norms(v)
-        v = _linalg.scale_columns(v, 1 / norm)
+        xp = _backend.namespace(norm)
+        v = _linalg.scale_columns(v, 1 / xp.where(norm > 0, norm, xp.ones_like(norm)))
         Av = run.products(v)
-        quotient = _linalg.column_dot(v, Av, reduce=run.method.reduce)
-        q, size = column_look(quotient, run.norms(Av))
+        ridge = shifted(v, run.inverse.shift)
+        dot = _linalg.column_dot
+        q, ridge_q, size, length = column_look(
+            dot(v, Av, reduce=run.method.reduce),
+            dot(v, ridge, reduce=run.method.reduce),
+            run.norms(Av),
+            norm,
+        )
         if not (np.isfinite(q[0]) and np.isfinite(size[0])):
             return Status.NONFINITE
-        if q[0] < -8 * _backend.eps(v.dtype) * size[0] or size[0] == 0:
-            least = run.inverse.least
-            run.curvature = Curvature(v[:, 0], float(q[0]) - least)
+        # A proof must exceed what rounding in the products of so large an operator explains.
+        if length[0] > 0 and (size[0] == 0 or q[0] < -4 * _backend.eps(v.dtype) * self._norm()):
+            run.curvature = Curvature(v[:, 0], float(q[0] - ridge_q[0]))
             return Status.NEGATIVE_CURVATURE
         return None
 
@@ -244,11 +265,15 @@ class Block:
 
     def _norm(self) -> float:
         """‖A + λI‖ by power iteration, once, where a lower bound is not enough."""
+        known = self.run.inverse.known_size
+        if not self.measured and known > 0:
+            self.size, self.measured = max(self.size, known), True
         if not self.measured:
             run = self.run
             like, n = run.inverse.operator.like, run.inverse.shape[0]
             norm = operator_norm(run.products, like, n, reduce=run.method.reduce)
             self.size, self.measured = max(self.size, norm), True
+            run.inverse.known_size = self.size
         return self.size
 
     def _at_floor(self, j: int, units: float) -> bool:

@@ -11,7 +11,7 @@ import numpy as np
 
 from .. import _backend, _linalg
 from ..operators import LinearOperator, as_operator
-from ..operators.damping import smallest
+from ..operators.damping import by_block, smallest
 from ..protocols import Array, Damping
 from ..solution import Curvature, Record, Solution, Status
 from ._columns import distinct, expand
@@ -55,12 +55,17 @@ class KrylovInverse(PreparedInverse):
         # Right-hand sides and solutions have the precision of the residuals.
         super().__init__(method, A, damping, products=spent, like=self.outer.like)
         self.least = smallest(self.shift)
+        # λ by block in the precision of the residuals: a rounded λ is another system.
+        self.outer_shift = self.shift
+        if by_block(self.shift) and self.outer is not A and A.layout is not None:
+            self.outer_shift = _backend.from_host(A.layout.shifts(damping), self.outer.like)
         if method.etol is not None and not (self.outer.psd and self.least > 0):
             msg = (
                 "etol needs an error bound: a positive semidefinite operator (psd=True) and "
                 "damping > 0; use rtol"
             )
             raise ValueError(msg)
+        self.known_size = 0.0  # ‖A + λI‖ once somebody has measured it
         self.preconditioner = preconditioner
         if preconditioner is None:
             self.preconditioner = prepare_preconditioner(method, A, damping)
@@ -80,7 +85,7 @@ class KrylovInverse(PreparedInverse):
         columns = distinct(B, merge=x0 is None)
         B_work = columns.take(B)
         parts = []
-        width = max(1, self.method._width(max(1, B_work.shape[1]), self.shape[0], self.like))
+        width = self.width(B_work.shape[1])
         with run.bar:
             for first in range(0, B_work.shape[1], width):
                 cut = slice(first, min(first + width, B_work.shape[1]))
@@ -104,6 +109,10 @@ class KrylovInverse(PreparedInverse):
         # The sketch is one pass; what else it cost are single products.
         run.products.passes += 1 + inner.products - min(rank, self.shape[0])
 
+    def width(self, k: int) -> int:
+        """How many of k columns are iterated together."""
+        return max(1, self.method._width(max(1, k), self.shape[0], self.like))
+
     def radau_mu(self) -> float | None:
         """A legal lower bound on the spectrum of M⁻¹(A + λI), for Gauss–Radau."""
         if not self.operator.psd or not self.least > 0:
@@ -122,7 +131,7 @@ class Run:
         self.method = inverse.method
         self.products = Products(inverse.operator, inverse.shift)
         same = inverse.outer is inverse.operator
-        self.outer = self.products if same else Products(inverse.outer, inverse.shift)
+        self.outer = self.products if same else Products(inverse.outer, inverse.outer_shift)
         self.callback = callback
         self.started = time.perf_counter()
         n = inverse.shape[0]
@@ -183,12 +192,18 @@ class Run:
         safe = xp.where(d > 0, d, xp.ones_like(d))
         inner = self.inverse.operator
         R = _backend.cast(_linalg.scale_columns(R, 1 / safe), inner.like)
-        kernel = self.kernel(guarded=True)
-        state = kernel.start(R)
-        for _ in range(self.maxiter):
-            state = kernel.step(state)
-            self.iterations += 1
-        X = _linalg.scale_columns(_backend.cast(kernel.solution(state), B), d)
+        width = self.inverse.width(R.shape[1])
+        parts, size = [], xp.sum(d) * 0.0
+        for first in range(0, R.shape[1], width):
+            kernel = self.kernel(guarded=True)
+            state = kernel.start(R[:, first : min(first + width, R.shape[1])])
+            for _ in range(self.maxiter):
+                state = kernel.step(state)
+                self.iterations += 1
+            parts.append(kernel.solution(state))
+            size = xp.maximum(size, xp.max(state.size))
+        X = _backend.namespace(B).concat(parts, axis=1)
+        X = _linalg.scale_columns(_backend.cast(X, B), d)
         X = X if x0 is None else x0 + X
         norms = self.norms(B - self.outer(X))
         tolerance = xp.where(
@@ -200,13 +215,14 @@ class Run:
         if _backend.is_tracing(B):
             codes = _verdicts(xp, norms, b_norms, tolerance)
         else:
-            norms, b_norms, tolerance, x_norms = column_look(
-                norms, b_norms, tolerance, self.norms(X)
+            norms, b_norms, tolerance, x_norms, sizes = column_look(
+                norms, b_norms, tolerance, self.norms(X), size + xp.zeros_like(norms)
             )
             check_finite_columns(b_norms)
             codes = _verdicts(np, norms, b_norms, tolerance)
-            size = np.maximum(b_norms, x_norms * self.inverse.least)
-            floors = 4 * _backend.eps(B.dtype) * size
+            # Nobody measured ‖A + λI‖ here: twice the largest that the iteration has met.
+            known = 2 * sizes if self.inverse.preconditioner is None else np.inf
+            floors = 4 * _backend.eps(B.dtype) * np.maximum(b_norms, x_norms * known)
             bounds = residual_error_bounds(self.inverse.outer, self.inverse.shift, norms, floors)
         return self.finish(X, norms, b_norms, bounds, codes)
 

@@ -132,11 +132,11 @@ def prepare_preconditioner(method: Any, A: LinearOperator, damping: Damping) -> 
     return inner
 
 
-def check_finite_columns(norms: np.ndarray) -> None:
-    """Raise ValueError naming the columns of B that contain NaN or Inf."""
+def check_finite_columns(norms: np.ndarray, what: str = "the right-hand side") -> None:
+    """Raise ValueError naming the columns that contain NaN or Inf."""
     bad = np.flatnonzero(~np.isfinite(norms))
     if bad.size:
-        msg = f"the right-hand side contains NaN or Inf in columns {bad[:10].tolist()}"
+        msg = f"{what} contains NaN or Inf in columns {bad[:10].tolist()}"
         raise ValueError(msg)
 
 
@@ -151,15 +151,19 @@ class Products:
         self._halve = False
 
     def __call__(self, V: Array) -> Array:
+        return self._product(V) + shifted(V, self.shift)
+
+    def _call(self, V: Array) -> Array:
+        """One call of the operator, counted whether or not it succeeds."""
         self.columns += V.shape[1]
         self.passes += 1
-        return self._product(V) + shifted(V, self.shift)
+        return self.operator._matmat(V)
 
     def _product(self, V: Array) -> Array:
         if self._halve and V.shape[1] > 1:
             return self._halves(V)
         try:
-            return self.operator._matmat(V)
+            return self._call(V)
         except Exception as error:
             if self._halve or V.shape[1] < 2 or not _backend.is_out_of_memory(error):
                 raise
@@ -172,8 +176,7 @@ class Products:
     def _halves(self, V: Array) -> Array:
         middle = V.shape[1] // 2
         xp = _backend.namespace(V)
-        left = self.operator._matmat(V[:, :middle])
-        return xp.concat([left, self.operator._matmat(V[:, middle:])], axis=1)
+        return xp.concat([self._call(V[:, :middle]), self._call(V[:, middle:])], axis=1)
 
 
 def _log() -> Any:

@@ -92,6 +92,8 @@ def product_flops(A: LinearOperator) -> float:
 def _factorised(A: LinearOperator, k: int, rtol: float, flops: float) -> PlanOption | None:
     """SampleSpace, the operator's own inverse, or the dense matrix."""
     n, solves = A.shape[0], 5.0 * k
+    # The bound of a PSD operator takes six products of one column for ‖A‖, in the first solve.
+    norm = 6 if A.psd else 0
     if isinstance(A, HasGradients) and isinstance(A, HasInverse):
         N = A.gradients.shape[0]
         m = min(N, n)
@@ -99,9 +101,15 @@ def _factorised(A: LinearOperator, k: int, rtol: float, flops: float) -> PlanOpt
         note = f"exact, through {m} x {m}"
         method, size = SampleSpace(rtol=rtol), 24 * m * m
         return PlanOption(
-            label="SampleSpace", method=method, passes=2, products=2 * k, work=own + solves,
-            bytes=size, exact=True, note=note,
-        )  # fmt: skip
+            label="SampleSpace",
+            method=method,
+            passes=2 + norm,
+            products=2 * k + norm,
+            work=own + solves,
+            bytes=size,
+            exact=True,
+            note=note,
+        )
     method = Direct(rtol=rtol)
     if isinstance(A, HasInverse):
         sizes = [n] if isinstance(A, Dense) else []
@@ -110,22 +118,39 @@ def _factorised(A: LinearOperator, k: int, rtol: float, flops: float) -> PlanOpt
         own = sum(size**3 / 3 for size in sizes) / flops
         size = sum(16 * size * size for size in sizes)
         return PlanOption(
-            label="Direct", method=method, passes=2, products=2 * k, work=own + solves, bytes=size,
-            exact=True, note="exact, by its own inverse",
-        )  # fmt: skip
+            label="Direct",
+            method=method,
+            passes=2 + norm,
+            products=2 * k + norm,
+            work=own + solves,
+            bytes=size,
+            exact=True,
+            note="exact, by its own inverse",
+        )
     if n > method.max_size:
         return None
     return PlanOption(
-        label="Direct", method=method, passes=3, products=n + 2 * k,
-        work=n + n**3 / (3 * flops) + solves, bytes=24 * n * n, exact=True,
+        label="Direct",
+        method=method,
+        passes=3 + norm,
+        products=n + 2 * k + norm,
+        work=n + n**3 / (3 * flops) + solves,
+        bytes=24 * n * n,
+        exact=True,
         note=f"exact, through {n} x {n}",
-    )  # fmt: skip
+    )
 
 
 def _iterative(
-    label: str, method: Any, A: LinearOperator, k: int, model: ModelSpectrum,
-    flops: float, prepared: int = 0, note: str = "",
-) -> PlanOption:  # fmt: skip
+    label: str,
+    method: Any,
+    A: LinearOperator,
+    k: int,
+    model: ModelSpectrum,
+    flops: float,
+    prepared: int = 0,
+    note: str = "",
+) -> PlanOption:
     """A Krylov method, tried on the model; the last pass is the residual."""
     n, item = A.shape[0], _backend.itemsize(A.dtype)
     columns = k if isinstance(method, BlockCG) else min(k, 2)

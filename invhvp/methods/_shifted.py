@@ -78,7 +78,8 @@ class ShiftedBlock:
         v = _linalg.scale_columns(v, 1 / _linalg.column_norms(v))
         Av = kernel.product(v)
         q, size = column_look(_linalg.column_dot(v, Av), _linalg.column_norms(Av))
-        if np.isfinite(q[0]) and (q[0] < -8 * _backend.eps(v.dtype) * size[0] or size[0] == 0):
+        rounding = 4 * _backend.eps(v.dtype) * max(self.size, size[0])
+        if np.isfinite(q[0]) and (q[0] < -rounding or size[0] == 0):
             return Curvature(v[:, 0], float(q[0]) - self.dampings[0])
         return None
 

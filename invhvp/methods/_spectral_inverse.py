@@ -12,6 +12,7 @@ from ..operators.damping import smallest
 from ..protocols import Array, Damping
 from ..solution import IndefiniteError, SingularError, Solution
 from ._fixed_map import MapInverse
+from ._inverse import Products
 
 
 class SpectralMap(LinearOperator):
@@ -113,8 +114,8 @@ class SpectralInverse(MapInverse):
         with np.errstate(invalid="ignore"):  # NaN and Inf in B are refused once B has been seen
             return super()._solve(B, **options)
 
-    def _size(self) -> float:
-        return self.operator_size
+    def _size(self, products: Products) -> float:
+        return self.operator_size  # known from the eigenvalues: no product
 
 
 def small_values(values: np.ndarray, like: Array) -> Array:

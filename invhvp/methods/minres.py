@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -192,7 +193,8 @@ class _MinimalResiduals(Kernel):
         ones, zeros = xp.ones_like(residuals), xp.zeros_like(residuals)
         x_norms = _linalg.column_norms(s.X, reduce=self.reduce)
         ok = xp.where(s.ok, ones, zeros)
-        rows = [residuals, zeros, zeros, x_norms, ok, s.size * ones, s.asymmetry * ones]
+        unknown = xp.full_like(residuals, math.inf)  # no Gauss-Radau bound goes with this method
+        rows = [residuals, unknown, zeros, x_norms, ok, s.size * ones, s.asymmetry * ones]
         return Look.read(rows, residuals.shape[0])
 
     def residual(self, s: _State) -> Array:

@@ -207,7 +207,9 @@ def _finish(
     floors = 4 * _backend.eps(B.dtype) * np.maximum(size * x_norms, b_norms)
     met = norms <= targets
     if not np.all(met | (norms <= floors)):
-        rest = method.prepare(A, damping=damping)._solve(B, x0=X)
+        inverse = method.prepare(A, damping=damping)
+        inverse.known_size = size
+        rest = inverse._solve(B, x0=X)
         products.columns += rest.products
         products.passes += rest.passes
         return rest

@@ -12,7 +12,7 @@ from ._fixed_map import MapInverse
 
 @dataclass(frozen=True, kw_only=True)
 class SampleSpace:
-    """Exact inverse of (1/c) Σ g_i g_iᵀ + λI through the N × N Gram matrix (p × p for N > p).
+    """Exact inverse of (1/c) Σ g_i g_iᵀ + λI through the N × N Gram matrix (p × p for N ≥ p).
 
     No product with the operator is iterated: one Gram matrix, one Cholesky factorisation. The
     solution is refined once with its true residual.

@@ -57,7 +57,7 @@ class Scaled(LinearOperator):
 
 def checked_factor(factor: float) -> float:
     """A finite Python float, or an error that says what was given."""
-    if _backend.is_array(factor) or not hasattr(factor, "__float__"):
+    if not isinstance(factor, int | float):  # which np.float64 is
         msg = f"an operator can be multiplied by a Python float, got {type(factor).__name__}"
         raise TypeError(msg)
     if not math.isfinite(factor):

@@ -96,7 +96,7 @@ class LinearOperator:
             if X.ndim == 2 and X.shape[1] == self._n:
                 hint = "; vectors are columns: pass the transpose"
             msg = (
-                f"{what} is {self._n} x {self._n} and takes arrays of shape ({self._n},) or "
+                f"{what}: a {self._n} x {self._n} operator takes arrays of shape ({self._n},) or "
                 f"({self._n}, k), got {tuple(X.shape)}{hint}"
             )
             raise ValueError(msg)
@@ -114,7 +114,11 @@ class LinearOperator:
 
         return Sum(self, as_operator(other, like=self._like))
 
-    __radd__ = __add__
+    def __radd__(self, other: Any) -> LinearOperator:
+        return self if isinstance(other, int) and other == 0 else self + other  # sum() starts at 0
+
+    def __rsub__(self, other: Any) -> LinearOperator:
+        return -self + other
 
     def __mul__(self, factor: float) -> LinearOperator:
         from .algebra import Scaled

@@ -66,14 +66,14 @@ class RankOneMean(LinearOperator):
         return self._gradients.column_norms() ** 2 / self.count
 
     def inverse(self, damping: Damping, /) -> LinearOperator:
-        """The exact inverse: N × N through the sample-space Gram matrix for N ≤ p, else p × p.
+        """The exact inverse: N × N through the sample-space Gram matrix for N < p, else p × p.
 
         Raises SingularError for λ = 0 unless N ≥ p and the gradients span R^p.
         Cost: one Gram matrix and one Cholesky factorisation of size min(N, p), in float64.
         """
         shift = as_shift(damping, self)
         N, p = self._gradients.shape
-        if p < N:
+        if p <= N:  # at N = p too: the p × p form cancels nothing
             return ParameterSpaceInverse(self, shift)
         if by_block(shift):
             return self._by_block(damping, shift)
@@ -180,7 +180,7 @@ def _power_less_one(x: Array, exponent: float) -> Array:
 
 
 class ParameterSpaceInverse(DenseInverse):
-    """The p × p factorisation for N > p."""
+    """The p × p factorisation for N ≥ p."""
 
     def __init__(self, A: RankOneMean, shift: float | Array) -> None:
         total = None
