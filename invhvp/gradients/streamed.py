@@ -19,8 +19,9 @@ class StreamedGradients(GradientMatrix):
     """Batches of rows that come from a file, a computation or a memory map, one at a time.
 
     Args:
-        batches: a collection that can be iterated over again, or a function without arguments
-            that returns a new iterator. Each batch is an array (n_b, p) or a gradient matrix.
+        batches: a collection that can be iterated over again, a function without arguments that
+            returns a new iterator, or one array-like (N, p) that is read in slices, such as a
+            memory map or a Zarr array. Each batch is an array (n_b, p) or a gradient matrix.
         n_samples: N; by default counted in a first pass.
         convert: makes an array or a gradient matrix of what the batches are, for example
             `torch.from_numpy` for rows of a memory map.
@@ -221,7 +222,18 @@ def _against(other: GradientMatrix, panel: GradientMatrix) -> Array:
     return other.gram(panel)
 
 
-def _reiterable(batches: Batches) -> Callable[[], Iterable[Any]]:
+_BATCH_BYTES = 64 << 20  # what is read at a time of one array that holds all rows
+
+
+def _reiterable(batches: Any) -> Callable[[], Iterable[Any]]:
+    shape = getattr(batches, "shape", ())
+    if (
+        len(shape) == 2
+        and hasattr(batches, "__getitem__")
+        and not isinstance(batches, GradientMatrix)
+    ):
+        rows = max(1, _BATCH_BYTES // (8 * max(1, shape[1])))
+        return lambda: (batches[i : min(i + rows, shape[0]), :] for i in range(0, shape[0], rows))
     if isinstance(batches, Iterator):
         msg = (
             f"the batches are read several times, but a {type(batches).__name__} can be read only "

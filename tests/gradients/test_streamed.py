@@ -138,7 +138,7 @@ def test_convert(backend: Backend):
         (3, TypeError, "iterable or a function without arguments, got int"),
         ([], ValueError, "the batches are empty"),
         ([ROWS[:0]], ValueError, "the batches are empty"),
-        (ROWS, ValueError, r"shape \(n, p\), got \(4,\).*DenseGradients"),
+        (list(ROWS), ValueError, r"shape \(n, p\), got \(4,\).*DenseGradients"),
         ([[1.0]], TypeError, "an array .* got list; pass convert="),
         ([ROWS.astype(int)], TypeError, "floating"),
         ([ROWS, ROWS[:, :3]], ValueError, "same number of parameters, got 4 and 3"),
@@ -172,3 +172,23 @@ def test_a_wrong_number_of_samples():
         StreamedGradients([ROWS], n_samples=0)
     with pytest.raises(ValueError, match="yielded 10 samples, not 12"):
         StreamedGradients([ROWS], n_samples=12).to_dense()
+
+
+def test_one_memory_map_or_zarr_array_is_read_in_slices(tmp_path, monkeypatch):
+    from invhvp.gradients import streamed
+
+    rows = np.random.default_rng(0).standard_normal((11, 4))
+    mapped = np.memmap(tmp_path / "rows", dtype=np.float64, mode="w+", shape=(11, 4))
+    mapped[:] = rows
+    monkeypatch.setattr(streamed, "_BATCH_BYTES", 8 * 4 * 3)  # three rows at a time
+    V = np.random.default_rng(1).standard_normal((4, 2))
+    sources = [mapped]
+    import zarr
+    stored = zarr.create_array(str(tmp_path / "rows.zarr"), shape=(11, 4), dtype="float64")
+    stored[:] = rows
+    sources.append(stored)
+    for source in sources:
+        G = streamed.StreamedGradients(source)
+        assert G.shape == (11, 4)
+        np.testing.assert_allclose(G @ V, rows @ V, rtol=1e-14)
+        np.testing.assert_allclose(G.gram(), rows @ rows.T, rtol=1e-13)
