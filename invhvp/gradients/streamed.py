@@ -225,7 +225,8 @@ def _against(other: GradientMatrix, panel: GradientMatrix) -> Array:
 _BATCH_BYTES = 64 << 20  # what is read at a time of one array that holds all rows
 
 
-def _reiterable(batches: Any) -> Callable[[], Iterable[Any]]:
+def _reiterable(batches: Batches) -> Callable[[], Iterable[Any]]:
+    array: Any = batches
     shape = getattr(batches, "shape", ())
     if (
         len(shape) == 2
@@ -233,7 +234,7 @@ def _reiterable(batches: Any) -> Callable[[], Iterable[Any]]:
         and not isinstance(batches, GradientMatrix)
     ):
         rows = max(1, _BATCH_BYTES // (8 * max(1, shape[1])))
-        return lambda: (batches[i : min(i + rows, shape[0]), :] for i in range(0, shape[0], rows))
+        return lambda: (array[i : min(i + rows, shape[0]), :] for i in range(0, shape[0], rows))
     if isinstance(batches, Iterator):
         msg = (
             f"the batches are read several times, but a {type(batches).__name__} can be read only "

@@ -184,6 +184,7 @@ def test_one_memory_map_or_zarr_array_is_read_in_slices(tmp_path, monkeypatch):
     V = np.random.default_rng(1).standard_normal((4, 2))
     sources = [mapped]
     import zarr
+
     stored = zarr.create_array(str(tmp_path / "rows.zarr"), shape=(11, 4), dtype="float64")
     stored[:] = rows
     sources.append(stored)
