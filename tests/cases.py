@@ -41,6 +41,23 @@ def rows(n_samples: int, n: int = N, *, seed: int = 3) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal((n_samples, n))
 
 
+def placed(backend: Backend, M: np.ndarray, **options: Any) -> Case:
+    """The dense operator on the backend, and the matrix that it holds."""
+    A = operators.Dense(backend.asarray(M), **options)
+    return A, backend.to_numpy(backend.asarray(M))
+
+
+def counted(A: operators.LinearOperator) -> tuple[operators.LinearOperator, list[int]]:
+    """The operator again, and a list of the widths that reach it."""
+    seen: list[int] = []
+
+    def product(X: Any) -> Any:
+        seen.append(X.shape[1])
+        return A @ X
+
+    return operators.Callback(product, A.shape[0], like=A.like, psd=A.psd, layout=A.layout), seen
+
+
 def _rounded(backend: Backend, a: np.ndarray) -> np.ndarray:
     """The values as the backend holds them: inputs are not what is tested."""
     return np.asarray(a, dtype=backend.np_dtype).astype(np.float64)

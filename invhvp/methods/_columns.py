@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -104,8 +104,7 @@ def expand(run: Any, B: Array, columns: Columns, blocks: list[Any]) -> Solution:
     alive = columns.norms > 0
     statuses = [status for block in blocks for status in block.status]
     chosen = [statuses[s] if a else Status.ZERO for s, a in zip(source, alive, strict=True)]
-    solution = run.finish(X, norms, columns.norms, np.where(alive, bounds, 0.0), codes_for(chosen))
-    return replace(solution, history=tuple(run.history))
+    return run.finish(X, norms, columns.norms, np.where(alive, bounds, 0.0), codes_for(chosen))
 
 
 def take_columns(X: Array, columns: np.ndarray, *, always: bool = False) -> Array:

@@ -20,6 +20,7 @@ from ._definite import definite_damping
 from ._inverse import (
     PreparedInverse,
     Products,
+    accepted,
     check_finite_columns,
     codes_for,
     column_look,
@@ -95,7 +96,9 @@ class KrylovInverse(PreparedInverse):
 
     def with_damping(self, damping: Damping, /) -> KrylovInverse:
         """The inverse at another λ: nothing is re-used but what the preconditioner can."""
-        inner = None if self.preconditioner is None else self.preconditioner.with_damping(damping)
+        inner = self.preconditioner
+        if inner is not None:
+            inner = accepted(inner.with_damping(damping))  # another λ may not be definite
         return KrylovInverse(self.method, self.operator, damping, inner)
 
     def _recycle(self, run: Run) -> None:

@@ -122,7 +122,11 @@ def prepare_preconditioner(method: Any, A: LinearOperator, damping: Damping) -> 
     """The prepared `method.preconditioner`, or None; refused unless it is one fixed SPD map."""
     if method.preconditioner is None:
         return None
-    inner = method.preconditioner.prepare(A, damping=damping)
+    return accepted(method.preconditioner.prepare(A, damping=damping))
+
+
+def accepted(inner: Any) -> Any:
+    """A prepared inverse, if it may precondition: ValueError unless it is one fixed SPD map."""
     if not inner.fixed_spd:
         msg = (
             f"{type(inner.method).__name__} cannot precondition: it is not one fixed symmetric "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -12,6 +11,7 @@ import numpy as np
 from .. import _backend
 from ..operators import as_operator
 from ..protocols import Array, Damping, Reduce
+from ._options import check_numbers, check_preconditioner
 
 RADAU_MARGIN = 0.9  # μ = 0.9 λ: rounding moves the spectrum, and the bound stays legal
 
@@ -131,26 +131,15 @@ class KrylovMethod:
     reduce: Reduce | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        for name in ("rtol", "atol", "etol", "symmetry_tol", "max_seconds"):
-            value = getattr(self, name)
-            if value is not None and not (value >= 0 and math.isfinite(value)):
-                msg = f"{name} must be finite and not negative, got {value}"
-                raise ValueError(msg)
-        for name in ("maxiter", "check_every", "max_products", "recycle"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                msg = f"{name} must be at least 1, got {value}"
-                raise ValueError(msg)
+        check_numbers(
+            self,
+            sizes=("rtol", "atol", "etol", "symmetry_tol", "max_seconds"),
+            counts=("maxiter", "check_every", "max_products", "recycle"),
+        )
         if self.indefinite not in ("raise", "shift"):
             msg = f"indefinite must be 'raise' or 'shift', got {self.indefinite!r}"
             raise ValueError(msg)
-        if self.preconditioner is not None and not hasattr(self.preconditioner, "prepare"):
-            msg = (
-                "preconditioner takes a Method, such as Jacobi() or Surrogate(K); wrap an inverse "
-                f"that is prepared already in Fixed(inverse). Got "
-                f"{type(self.preconditioner).__name__}"
-            )
-            raise TypeError(msg)
+        check_preconditioner(self.preconditioner)
         if self.preconditioner is not None and self.recycle is not None:
             msg = "recycle builds a preconditioner of its own: give one of the two"
             raise ValueError(msg)

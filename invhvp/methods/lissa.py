@@ -9,6 +9,7 @@ from typing import Any
 from ..operators import as_operator
 from ..protocols import Damping
 from ._lissa import LissaInverse
+from ._options import check_numbers, check_preconditioner
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +82,11 @@ class LiSSA:
     check_every: int | None = None
 
     def __post_init__(self) -> None:
-        self._check_numbers()
+        check_numbers(
+            self,
+            sizes=("rtol", "atol", "max_seconds"),
+            counts=("maxiter", "batch", "check_every", "max_products"),
+        )
         if self.scale != "auto" and (
             isinstance(self.scale, str | bool) or not 0 < float(self.scale) < math.inf
         ):
@@ -95,28 +100,10 @@ class LiSSA:
             raise ValueError(msg)
         if self.preconditioner is None:
             return
-        if not hasattr(self.preconditioner, "prepare"):
-            msg = (
-                "preconditioner takes a Method, such as Jacobi() or Surrogate(K); wrap an inverse "
-                f"that is prepared already in Fixed(inverse). Got "
-                f"{type(self.preconditioner).__name__}"
-            )
-            raise TypeError(msg)
+        check_preconditioner(self.preconditioner)
         if self.dampen:
             msg = "dampen is a ridge in units of scale and has no meaning with a preconditioner"
             raise ValueError(msg)
-
-    def _check_numbers(self) -> None:
-        for name in ("rtol", "atol", "max_seconds"):
-            value = getattr(self, name)
-            if value is not None and not (value >= 0 and math.isfinite(value)):
-                msg = f"{name} must be finite and not negative, got {value}"
-                raise ValueError(msg)
-        for name in ("maxiter", "batch", "check_every", "max_products"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                msg = f"{name} must be at least 1, got {value}"
-                raise ValueError(msg)
 
     def prepare(self, A: Any, /, damping: Damping) -> LissaInverse:
         """Measure the step; nothing else is precomputed."""

@@ -9,25 +9,10 @@ from hypothesis import given
 
 import invhvp as ih
 from invhvp import problems
-from tests.cases import matrix, rows
+from tests.cases import counted, matrix, placed, rows
 
 seeds = st.integers(0, 2**16)
 DECAY = np.concatenate([np.geomspace(10.0, 1.0, 6), 1e-4 * np.arange(1, 75) ** -1.0])
-
-
-def placed(backend, M, **options):
-    A = ih.Dense(backend.asarray(M), **options)
-    return A, backend.to_numpy(backend.asarray(M))
-
-
-def counted(A):
-    seen = []
-
-    def product(X):
-        seen.append(X.shape[1])
-        return A @ X
-
-    return ih.Callback(product, A.shape[0], like=A.like, psd=A.psd, layout=A.layout), seen
 
 
 def woodbury(M, rank, damping, B):

@@ -386,6 +386,14 @@ def test_what_cannot_precondition_is_refused_by_name(method):
         method(preconditioner=ih.Direct().prepare(A, damping=0.1).map)
 
 
+def test_another_damping_does_not_smuggle_in_an_indefinite_preconditioner(method):
+    A = ih.Dense(symmetric(spd()[0]), psd=True)
+    K = ih.Diagonal(np.linspace(-0.5, 5.0, N))
+    inverse = method(preconditioner=ih.Surrogate(K)).prepare(A, damping=1.0)
+    with pytest.raises(ValueError, match="Surrogate cannot precondition"):
+        inverse.with_damping(0.1)
+
+
 def test_an_out_of_memory_product_is_halved_once(caplog, method):
     M, widest = symmetric(spd()[0]), []
 

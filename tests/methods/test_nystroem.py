@@ -10,25 +10,10 @@ from hypothesis import given
 import invhvp as ih
 from invhvp import problems
 from invhvp.estimate import Sketch
-from tests.cases import matrix, rows
+from tests.cases import counted, matrix, placed, rows
 
 seeds = st.integers(0, 2**16)
 U64 = 2.0**-53
-
-
-def placed(backend, M, **options):
-    A = ih.Dense(backend.asarray(M), **options)
-    return A, backend.to_numpy(backend.asarray(M))
-
-
-def counted(A):
-    seen = []
-
-    def product(X):
-        seen.append(X.shape[1])
-        return A @ X
-
-    return ih.Callback(product, A.shape[0], like=A.like, psd=A.psd, layout=A.layout), seen
 
 
 def decaying(seed, n=40):
