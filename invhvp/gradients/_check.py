@@ -26,10 +26,23 @@ def check_kind(X: Any, like: Array, what: str) -> None:
             f"{_backend.dtype_name(X.dtype)}; nothing is converted silently"
         )
         raise TypeError(msg)
-    if not _backend.is_tracing(X) and not _backend.same_device(X, like):
+    if not _backend.same_device(X, like):
         msg = (
             f"{what} works on device {_backend.device(like)}, got an array on "
             f"{_backend.device(X)}; move it first"
+        )
+        raise TypeError(msg)
+
+
+def check_library(X: Any, like: Array, what: str) -> None:
+    """Raise TypeError for an array of another library, with what to write where it was built."""
+    if not _backend.is_array(X):
+        return
+    mine, theirs = _backend.library_name(like), _backend.library_name(X)
+    if mine != theirs:
+        msg = (
+            f"{what} works on {mine} arrays, got a {theirs} array; build the gradients with "
+            f"array_namespace={theirs}, or convert the array first"
         )
         raise TypeError(msg)
 

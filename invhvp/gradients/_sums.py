@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 from .. import _backend
 from ..protocols import Array
+
+Lines: TypeAlias = list[list[Array]]
+"""Blocks of a matrix line by line; of a symmetric one those on and below the diagonal."""
 
 _CHUNK = 1 << 16  # terms per partial sum: beyond it single precision loses digits
 _MAX_CHUNKS = 64  # beyond it the chunks grow instead: launches cost more than they save
@@ -19,10 +24,10 @@ def wide(x: Array) -> Array:
     xp = _backend.namespace(x)
     if _backend.has_float64(x):
         return x if _backend.dtype_name(x.dtype) == "float64" else xp.astype(x, xp.float64)
-    return _single(x)
+    return single(x)
 
 
-def _single(x: Array) -> Array:
+def single(x: Array) -> Array:
     """Half precision is multiplied and summed in single."""
     xp = _backend.namespace(x)
     return xp.astype(x, xp.float32) if _backend.eps(x.dtype) > 2.0**-23 else x
@@ -41,12 +46,35 @@ def product(a: Array, b: Array) -> Array:
     n = a.shape[-1]
     chunks = _chunks(n)
     if len(chunks) == 1 or _backend.dtype_name(a.dtype) == "float64":
-        return narrow(_backend.matmul(_single(a), _single(b)), a)
+        return narrow(_backend.matmul(single(a), single(b)), a)
     total = None
     for terms in chunks:
-        part = wide(_backend.matmul(_single(a[..., terms]), _single(b[..., terms, :])))
+        part = wide(_backend.matmul(single(a[..., terms]), single(b[..., terms, :])))
         total = part if total is None else total + part
     return narrow(total, a)
+
+
+def symmetric(M: Array) -> Array:
+    """The symmetric part of a square matrix."""
+    return (M + _backend.namespace(M).matrix_transpose(M)) / 2
+
+
+def added(left: Lines, right: Lines) -> Lines:
+    """The sum of two matrices of blocks."""
+    return [[a + b for a, b in zip(*pair, strict=True)] for pair in zip(left, right, strict=True)]
+
+
+def mirrored(lines: Lines) -> Array:
+    """A symmetric matrix of its blocks on and below the diagonal, line by line."""
+    xp = _backend.namespace(lines[0][0])
+    diagonal = [symmetric(line[-1]) for line in lines]
+    if len(lines) == 1:
+        return diagonal[0]
+    whole = []
+    for i, line in enumerate(lines):
+        above = [xp.matrix_transpose(lower[i]) for lower in lines[i + 1 :]]
+        whole.append(xp.concat([*line[:-1], diagonal[i], *above], axis=1))
+    return xp.concat(whole, axis=0)
 
 
 def norms(X: Array, *, axis: int) -> Array:
@@ -59,7 +87,7 @@ def norms(X: Array, *, axis: int) -> Array:
     pieces = [X[:, c] if axis == 1 else X[c, :] for c in _chunks(X.shape[axis])]
     scale = None
     if not _backend.has_float64(X):
-        largest = [xp.max(xp.abs(_single(piece)), axis=axis) for piece in pieces]
+        largest = [xp.max(xp.abs(single(piece)), axis=axis) for piece in pieces]
         scale = xp.max(xp.stack(largest, axis=0), axis=0)
         scale = xp.where(scale > 0, scale, xp.ones_like(scale))
     square = None

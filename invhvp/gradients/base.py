@@ -9,7 +9,7 @@ from .. import _backend
 from ..layout import Layout
 from ..protocols import Array
 from . import _memory, _sums
-from ._check import check_kind, check_rows
+from ._check import check_kind, check_library, check_rows
 from .transposed import Transposed, from_left
 
 
@@ -125,6 +125,21 @@ class GradientMatrix:
         """G otherᵀ where the structure of both allows it, else None."""
         return None
 
+    def _triangle(self, cuts: Sequence[slice]) -> _sums.Lines | None:
+        """The blocks of G Gᵀ between rows cut so, on and below the diagonal; None as `_gram`."""
+        parts = [self] if len(cuts) == 1 else [self._take(rows) for rows in cuts]
+        lines = []
+        for i, left in enumerate(parts):
+            line = [left._gram(right) for right in parts[: i + 1]]
+            if any(block is None for block in line):
+                return None
+            lines.append(line)
+        return lines
+
+    def _small_gram(self, other: GradientMatrix) -> Array:
+        """G otherᵀ as a small array, from products in float64 where that costs little."""
+        return _backend.to_small(self.gram(other))
+
     # --------------------------------------------------------------------------------- products
 
     def __matmul__(self, V: Any, /) -> Array:
@@ -144,6 +159,7 @@ class GradientMatrix:
 
     def _check_operand(self, X: Any, shape: tuple[int, int], axes: str) -> None:
         name, (other, rows) = type(self).__name__, shape
+        check_library(X, self._like, name)
         check_kind(X, self._like, name)
         if X.ndim in (1, 2) and X.shape[0] == rows:
             return
@@ -161,11 +177,19 @@ class GradientMatrix:
     def gram(self, other: GradientMatrix | None = None, /) -> Array:
         """All inner products of rows, G otherᵀ of shape (N, M); with itself by default.
 
+        With itself it is exactly symmetric, and little more than a triangle is computed.
+
         Raises TypeError for another library, dtype or device, ValueError for another p.
         Cost: by structure where both share one; else the rows of one are formed by chunks.
         """
         other = self if other is None else other
         self._check_matches(other)
+        if other is self:
+            lines = self._triangle(_memory.triangle_cuts(self._n_samples))
+            return _sums.symmetric(self._pairs(self)) if lines is None else _sums.mirrored(lines)
+        return self._pairs(other)
+
+    def _pairs(self, other: GradientMatrix) -> Array:
         result = self._gram(other)
         if result is not None:
             return result

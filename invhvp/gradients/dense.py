@@ -70,6 +70,14 @@ class DenseGradients(GradientMatrix):
     def _rmatmat(self, U: Array) -> Array:
         return _sums.product(_backend.namespace(U).matrix_transpose(self._rows), U)
 
+    def _small_gram(self, other: GradientMatrix) -> Array:
+        if not isinstance(other, DenseGradients):
+            return super()._small_gram(other)
+        xp, right = _backend.namespace(self._like), _sums.wide(other._rows)
+        parts = [_sums.wide(self._rows[c, :]) for c in self.chunks()]
+        found = [_backend.matmul(x, xp.matrix_transpose(right)) for x in parts]
+        return _backend.to_small(xp.concat(found, axis=0))
+
     def _gram(self, other: GradientMatrix) -> Array:
         xp = _backend.namespace(self._like)
         rows = xp.matrix_transpose(self._rows)

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeGuard
 
 from .. import _backend
 from ..layout import Layout
 from ..protocols import Array
-from . import _memory, _sums
+from . import _memory, _outer_grams, _sums
 from ._check import check_data, check_kind, take_rows
 from .base import GradientMatrix
-
-# Flops that a device does while it moves one number: 5 to 15 a byte, on CPUs and GPUs alike.
-_FLOPS_PER_NUMBER = 40
 
 
 class OuterProductGradients(GradientMatrix):
@@ -183,37 +179,34 @@ class OuterProductGradients(GradientMatrix):
         if T == 1 or k == 1:
             return False
         chunks = len(_memory.spans(N, p, self._like))
-        factored = _cost(2 * N * T * (p + short) * k, 2 * N * T * short * k + 2 * p * k)
-        dense = _cost(2 * N * p * (T + k), 2 * N * p + chunks * passes_of_result * p * k)
+        factored = _memory.cost(2 * N * T * (p + short) * k, 2 * N * T * short * k + 2 * p * k)
+        dense = _memory.cost(2 * N * p * (T + k), 2 * N * p + chunks * passes_of_result * p * k)
         return dense < factored
 
     # ------------------------------------------------------------------------------------ grams
 
     def _gram(self, other: GradientMatrix) -> Array | None:
-        if not (isinstance(other, OuterProductGradients) and other.block_shape == self.block_shape):
-            return None
-        most = _memory.budget(self._like) // _memory.itemsize(self._like)
-        if self._dense_gram_pays(other):
-            return self._by_blocks(other, max(most // (2 * self._i), 1), _formed_gram)
-        # Square blocks of pairs, so that both factors are products of large matrices.
-        side = math.isqrt(most // (3 * self._length * other._length))
-        return self._by_blocks(other, max(side, 1), _factored_gram)
+        return _outer_grams.gram(self, other) if self._alike(other) else None
 
-    def _dense_gram_pays(self, other: OuterProductGradients) -> bool:
-        N, M, p = self._n_samples, other._n_samples, self._n_parameters
-        terms, pairs = self._n_terms + other._n_terms, self._n_terms * other._n_terms
-        factored = _cost(2 * pairs * (self._o + self._i), 3 * pairs)
-        return _cost(2 * p * (terms + N * M), 2 * (N + M) * p + N * M) < factored
+    def _triangle(self, cuts: Sequence[slice]) -> _sums.Lines | None:
+        if len(cuts) > 1 and _outer_grams.forms_triangle(self):
+            return _outer_grams.formed_triangle(self, cuts)
+        return super()._triangle(cuts)
 
-    def _by_blocks(
-        self, other: OuterProductGradients, side: int, block: Callable[..., Array]
-    ) -> Array:
-        xp = _backend.namespace(self._like)
-        lines = []
-        for left in _pieces(self, side):
-            line = [block(left, right) for right in _pieces(other, side)]
-            lines.append(xp.concat(line, axis=1) if len(line) > 1 else line[0])
-        return xp.concat(lines, axis=0) if len(lines) > 1 else lines[0]
+    def _small_gram(self, other: GradientMatrix) -> Array:
+        if not self._alike(other):
+            return super()._small_gram(other)
+        xp, right = _backend.namespace(self._like), other._widened()
+        each = 2 * self._length * (self._o + self._i)  # numbers of twice the size
+        parts = [self._take(rows) for rows in _memory.spans(len(self), each, self._like)]
+        found = [_outer_grams.gram(part._widened(), right) for part in parts]
+        return _backend.to_small(xp.concat(found, axis=0))
+
+    def _alike(self, other: GradientMatrix) -> TypeGuard[OuterProductGradients]:
+        return isinstance(other, OuterProductGradients) and other.block_shape == self.block_shape
+
+    def _widened(self) -> OuterProductGradients:
+        return self._with(_sums.wide(self._d), _sums.wide(self._a))
 
     def row_norms(self) -> Array:
         """Euclidean norms of the rows, (N,)."""
@@ -246,42 +239,6 @@ class OuterProductGradients(GradientMatrix):
     def _describe(self) -> str:
         N, T = self._n_samples, self._length
         return f"{N}x({self._o}x{self._i})" + (f", T={T}" if T > 1 else "")
-
-
-def _cost(flops: int, numbers: int) -> int:
-    return flops + _FLOPS_PER_NUMBER * numbers
-
-
-def _pieces(G: OuterProductGradients, size: int) -> list[OuterProductGradients]:
-    if size >= len(G):
-        return [G]
-    return [G._take(slice(n, min(n + size, len(G)))) for n in range(0, len(G), size)]
-
-
-def _factored_gram(left: OuterProductGradients, right: OuterProductGradients) -> Array:
-    """Inner products of d and of a for all pairs of terms, multiplied and summed over T."""
-    xp = _backend.namespace(left.like)
-
-    def pairs(x: Array, y: Array) -> Array:
-        x, y = (xp.reshape(z, (z.shape[0] * z.shape[1], z.shape[2])) for z in (x, y))
-        return _sums.product(x, xp.matrix_transpose(y))
-
-    both = pairs(left._d, right._d) * pairs(left._a, right._a)
-    if left._length == right._length == 1:
-        return both
-    shape = (len(left), left._length, len(right), right._length)
-    return xp.sum(xp.reshape(both, shape), axis=(1, 3), dtype=both.dtype)
-
-
-def _formed_gram(left: OuterProductGradients, right: OuterProductGradients) -> Array:
-    """Dense rows of both for a few outputs at a time: every number is formed once."""
-    xp, total = _backend.namespace(left.like), None
-    for c in _memory.spans(left._o, (len(left) + len(right)) * left._i, left.like):
-        x = left._with(left._d[:, :, c], left._a).to_dense()
-        y = x if right is left else right._with(right._d[:, :, c], right._a).to_dense()
-        part = _sums.wide(_sums.product(x, xp.matrix_transpose(y)))
-        total = part if total is None else total + part
-    return _sums.narrow(total, left.like)
 
 
 def _padded(x: Array, length: int) -> Array:

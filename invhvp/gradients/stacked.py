@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -124,15 +124,31 @@ class StackedGradients(GradientMatrix):
         return total
 
     def _rmatmat(self, U: Array) -> Array:
-        return self._assemble(lambda G: G._rmatmat(U))
+        if self._positions.permuted:
+            return self._assemble(lambda G: G._rmatmat(U))
+        xp, blocks = _backend.namespace(U), (self._blocks[name] for name in self._positions)
+        # Side by side as rows: that is how outer products leave them, and how sums over p read.
+        lines = [xp.matrix_transpose(block._rmatmat(U)) for block in blocks]
+        return xp.matrix_transpose(xp.concat(lines, axis=1))
 
     def _gram(self, other: GradientMatrix) -> Array | None:
         if not (isinstance(other, StackedGradients) and self._same_blocks(other)):
             return None
+        return _total(block.gram(other._blocks[name]) for name, block in self._blocks.items())
+
+    def _small_gram(self, other: GradientMatrix) -> Array:
+        if not (isinstance(other, StackedGradients) and self._same_blocks(other)):
+            return super()._small_gram(other)
+        blocks = self._blocks.items()
+        return _total(block._small_gram(other._blocks[name]) for name, block in blocks)
+
+    def _triangle(self, cuts: Sequence[slice]) -> _sums.Lines | None:
         total = None
-        for name, block in self._blocks.items():
-            part = block.gram(other._blocks[name])
-            total = part if total is None else total + part
+        for block in self._blocks.values():
+            lines = block._triangle(cuts)
+            if lines is None:
+                return None
+            total = lines if total is None else _sums.added(total, lines)
         return total
 
     def _same_blocks(self, other: StackedGradients) -> bool:
@@ -153,6 +169,13 @@ class StackedGradients(GradientMatrix):
 
     def _describe(self) -> str:
         return f"{super()._describe()}, {len(self._blocks)} blocks"
+
+
+def _total(parts: Iterable[Array]) -> Array:
+    total = None
+    for part in parts:
+        total = part if total is None else total + part
+    return total
 
 
 def _same_positions(mine: Block, theirs: Block) -> bool:

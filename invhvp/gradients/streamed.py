@@ -143,6 +143,9 @@ class StreamedGradients(GradientMatrix):
             lines.append(panel.gram() if whole else xp.matrix_transpose(_against(other, panel)))
         return xp.concat(lines, axis=0)
 
+    def _triangle(self, cuts: Sequence[slice]) -> None:
+        return None  # a pass for each of them
+
     def _panels(self) -> Iterator[GradientMatrix]:
         """Batches joined up to a quarter of the free memory: each costs a pass of the other."""
         room = _backend.free_memory(self._like) // 4

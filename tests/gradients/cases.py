@@ -10,6 +10,7 @@ import numpy as np
 
 from invhvp.gradients import (
     DenseGradients,
+    EmbeddingGradients,
     GradientMatrix,
     OuterProductGradients,
     StackedGradients,
@@ -44,6 +45,28 @@ def outer(T: int | None, o: int, i: int) -> Callable[..., Made]:
         return G, np.einsum("nto,nti->noi", d.reshape(*shape, o), a.reshape(*shape, i)).reshape(
             N, o * i
         )
+
+    return make
+
+
+def embedding(T: int | None, n_rows: int, size: int) -> Callable[..., Made]:
+    """Few rows for many positions: most of them are looked up again and again."""
+
+    def make(backend: Backend, rng: np.random.Generator, N: int) -> Made:
+        shape = (N,) if T is None else (N, T)
+        d = rounded(backend, rng.standard_normal((*shape, size)))
+        indices = rng.integers(0, n_rows, shape)
+        indices[0] = n_rows - 1
+        rows = np.zeros((N, n_rows, size))
+        sample = np.arange(N).reshape((N,) + (1,) * (len(shape) - 1))
+        np.add.at(rows, (sample, indices), d)
+        G = EmbeddingGradients(
+            output_grads=backend.asarray(d),
+            indices=backend.integers(indices),
+            n_rows=n_rows,
+            layout=Layout.from_shapes({"all": (n_rows, size)}),
+        )
+        return G, rows.reshape(N, -1)
 
     return make
 
@@ -99,6 +122,8 @@ CASES = [
     Case("outer-T1-tall", outer(1, 11, 3)),
     Case("outer-T5-wide", outer(5, 3, 40)),
     Case("outer-T5-tall", outer(5, 40, 3)),
+    Case("embedding-flat", embedding(None, 5, 3)),
+    Case("embedding-T6", embedding(6, 9, 4)),
     Case("stacked", stacked(None)),
     Case("stacked-permuted", stacked(permuted_layout())),
     Case("streamed", streamed(stacked(permuted_layout()))),
@@ -108,5 +133,7 @@ NUMPY_CASES = [
     *CASES,
     Case("outer-T5-small", outer(5, 3, 4)),
     Case("streamed-dense", streamed(dense)),
+    Case("embedding-T9", embedding(9, 3, 2)),
+    Case("streamed-embedding", streamed(embedding(6, 9, 4))),
     Case("streamed-outer", streamed(outer(5, 3, 4))),
 ]
