@@ -1,0 +1,126 @@
+"""Fits that are killed and go on, to the same last bit."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import invhvp_torch as it
+from tests.adapters.invhvp_torch.kronecker_models import MORE
+from tests.adapters.invhvp_torch.models import BY_NAME, cross_entropy
+
+pytest.importorskip("safetensors")
+
+CASE = MORE[1]
+ROOT = Path(__file__).parents[3]
+
+
+def problem():
+    model, x, y = CASE.build(n=10)
+    w = torch.linspace(0.5, 1.5, 10, dtype=torch.float64)
+    return model, [(x[i : i + 2], y[i : i + 2], w[i : i + 2]) for i in range(0, 10, 2)]
+
+
+def fit(path, forwards: int = 0, **options):
+    """Fit with a checkpoint; with `forwards`, kill this process in the forward pass after it."""
+    model, batches = problem()
+    seen = []
+
+    def hook(*_):
+        seen.append(1)
+        if forwards and len(seen) > forwards:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    handle = model.register_forward_hook(hook)
+    K = it.ekfac(model, cross_entropy, batches, checkpoint=path, checkpoint_every=1, **options)
+    handle.remove()
+    return K, len(seen)
+
+
+KILLED = """
+import sys
+from tests.adapters.invhvp_torch.test_kfac_checkpoint import fit
+fit(sys.argv[1], int(sys.argv[2]), **eval(sys.argv[3]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs POSIX signals")
+@pytest.mark.parametrize(("share", "options"), [(0.85, {}), (0.5, {"memory": 0, "fisher": "sign"})])
+def test_a_killed_fit_goes_on_to_the_same_bits(tmp_path, share, options):
+    whole, forwards = fit(tmp_path / "whole", **options)
+    path = tmp_path / "killed"
+    folders = [str(ROOT), str(ROOT / "adapters")]
+    run = subprocess.run(
+        [sys.executable, "-c", KILLED, str(path), str(int(share * forwards)), repr(options)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(folders)},
+        cwd=tmp_path,
+        capture_output=True,
+        timeout=120,
+        check=False,
+    )
+    assert run.returncode == -signal.SIGKILL, run.stderr.decode()
+    assert path.exists()
+    again, left = fit(path, **options)
+    assert left < 0.75 * forwards
+    assert repr(again) == repr(whole)
+    assert again.exact_traces == whole.exact_traces
+    for name, A in whole.blocks.items():
+        for key in ("out_vectors", "in_vectors", "eigenvalues", "_M", "_d"):
+            mine, theirs = getattr(A, key, None), getattr(again.blocks[name], key, None)
+            assert (mine is None) == (theirs is None)
+            assert mine is None or torch.equal(mine, theirs)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["killed", "whole"]
+
+
+def test_a_finished_checkpoint_needs_no_pass(tmp_path):
+    whole, _ = fit(tmp_path / "file")
+    again, forwards = fit(tmp_path / "file")
+    assert torch.equal(whole.to_dense(), again.to_dense())
+    assert forwards <= 4  # the probe
+
+
+def test_a_checkpoint_of_something_else_is_refused(tmp_path):
+    path = tmp_path / "file"
+    fit(path)
+    with pytest.raises(ValueError, match="another model, other options"):
+        fit(path, fisher="empirical")
+    model, x, y = BY_NAME["mlp"].build()
+    with pytest.raises(ValueError, match="another model, other options"):
+        it.ekfac(model, cross_entropy, (x, y), checkpoint=path)
+    model, batches = problem()
+    batches[1] = batches[0]
+    with pytest.raises(ValueError, match="the data differ"):
+        it.ekfac(model, cross_entropy, batches, checkpoint=path, checkpoint_every=1)
+
+
+def test_a_checkpoint_is_replaced_in_one_step(tmp_path, monkeypatch):
+    """A kill between writing and renaming leaves the old file, whole."""
+    path = tmp_path / "file"
+    fit(path)
+    before = path.read_bytes()
+    (tmp_path / "file2").write_bytes(before)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    path.unlink()
+    count = []
+    replace = Path.replace
+
+    def sometimes(self, target):
+        count.append(1)
+        return killed() if len(count) > 3 else replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", sometimes)
+    with pytest.raises(KeyboardInterrupt):
+        fit(path)
+    monkeypatch.undo()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "file2"]
+    fit(path)
+    assert path.read_bytes() == before
