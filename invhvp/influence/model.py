@@ -9,12 +9,12 @@ from .. import _backend, _linalg
 from ..gradients import GradientMatrix
 from ..protocols import Array
 from ..solution import Solution
-from . import certificates
+from . import certificates, parts
+from .blocks import TEST_BLOCK, ScoreBlock, score_blocks, spans
 from .certificates import CertifiedScores, SelfInfluenceBounds
 from .curve import DampingCurve, damping_curve
+from .store import write
 from .topk import TopK, top_k
-
-_BLOCK = 128  # right-hand sides solved together: the widest block that still pays in BlockCG
 
 
 class Influence:
@@ -64,31 +64,128 @@ class Influence:
         if bilinear is not None:
             return bilinear(test, self.train)
         xp = _backend.namespace(test.like)
-        blocks = [
-            xp.matrix_transpose(self.train @ self._solve(test[rows]))
-            for rows in _blocks(test.shape[0])
-        ]
+        blocks = [xp.matrix_transpose(self.train @ X) for _, X in self._solved(test)]
         return xp.concat(blocks, axis=0)
+
+    def scores_by_block(self, test: GradientMatrix, /) -> dict[str, Array]:
+        """Scores by parameter block, {name: (n_test, n_train)}; they add up to `scores`.
+
+        Raises as `scores`, and TypeError where the blocks of `train` have no names.
+        Cost: one solve for each test sample, whose solutions meet the blocks one by one.
+        """
+        _check(test, self.inverse, "test")
+        return parts.by_block(self.train, (X for _, X in self._solved(test)))
+
+    def scores_by_position(
+        self, test: GradientMatrix, /, *, blocks: str | Sequence[str] | None = None
+    ) -> dict[str, Array]:
+        """Scores by training token or other position, {block: (n_test, n_train, T)}.
+
+        Over T they add up to `scores_by_block`. By default of all blocks with positions: outer
+        products and embeddings. Raises as that, and TypeError for blocks without.
+        Cost: that of `scores_by_block`, and a result T times as large.
+        """
+        _check(test, self.inverse, "test")
+        return parts.by_position(self.train, (X for _, X in self._solved(test)), blocks)
 
     def self_influence(self) -> Array:
         """gᵢᵀ(A + λI)⁻¹gᵢ of every training sample, shape (N,): large for suspicious labels."""
         xp = _backend.namespace(self.train.like)
         bilinear = self._bilinear()
-        parts = []
+        found = []
         for rows in _blocks(self.train.shape[0]):
             part = self.train[rows]
             if bilinear is not None:
-                parts.append(xp.linalg.diagonal(bilinear(part, part)))
+                found.append(xp.linalg.diagonal(bilinear(part, part)))
             else:
                 # The gradients are formed for one block only: its solution is dense anyway.
                 dense = xp.matrix_transpose(part.to_dense())
                 X = self._solve(part)
-                parts.append(_backend.lift(_linalg.column_dot(dense, X), dense))
-        return xp.concat(parts, axis=0)
+                found.append(_backend.lift(_linalg.column_dot(dense, X), dense))
+        return xp.concat(found, axis=0)
+
+    def self_influence_by_block(self) -> dict[str, Array]:
+        """Self-influence by parameter block, {name: (N,)}; raises as `scores_by_block`."""
+        return parts.own_by_block(self.train, self._solved(self.train))
 
     def top_k(self, test: GradientMatrix, /, k: int = 10) -> TopK:
-        """The k most helpful and k most harmful training samples of each test sample."""
-        return top_k(self.scores(test), k)
+        """The k most helpful and k most harmful training samples of each test sample.
+
+        The scores are looked at block by block, as `blocks` yields them, and not kept.
+        Raises as `scores`, and ValueError unless 1 ≤ k ≤ n_train.
+        """
+        _check(test, self.inverse, "test")
+        if not 1 <= k <= self.train.shape[0]:
+            msg = f"k must lie between 1 and the {self.train.shape[0]} training samples, got {k}"
+            raise ValueError(msg)
+        return top_k(self.blocks(test), k)
+
+    def blocks(self, test: GradientMatrix, /) -> Iterator[ScoreBlock]:
+        """Yield (test slice, train slice, scores) until every pair of samples has come once.
+
+        Any function may aggregate over it. Blocks of one test slice come in the order of the
+        training samples. Raises as `scores`.
+
+        Cost: one solve for each test sample, one pass over the training gradients for as many
+        test samples as fit in an eighth of the free memory (all, unless there are very many).
+
+        Example:
+            >>> import numpy as np, invhvp as ih
+            >>> G = ih.DenseGradients(np.eye(3))
+            >>> inverse = ih.SampleSpace().prepare(ih.RankOneMean(G), damping=1.0)
+            >>> blocks = ih.Influence(inverse, G).blocks(G)
+            >>> round(max(float(scores.max()) for _, _, scores in blocks), 6)
+            0.75
+        """
+        _check(test, self.inverse, "test")
+        return score_blocks(self.inverse, self.train, test)
+
+    def write(
+        self,
+        test: GradientMatrix,
+        /,
+        out: Any,
+        *,
+        block_shape: tuple[int, int] | None = None,
+        progress: bool = True,
+    ) -> Any:
+        """Write the scores (n_test, n_train) to a Zarr v3 store, block by block, and return them.
+
+        Two passes: the test samples are solved for once, and what was solved is stored; then each
+        block of scores is computed and stored. Both have a mask of what is written: a process
+        that was killed at any moment is continued by the same call, which repeats at most one
+        block. One process writes at a time.
+
+        The store is a group with the arrays `scores` and `factors`, their masks and the residuals
+        of the solves; the attributes tell method, damping, operator, versions and fingerprints.
+
+        Args:
+            test: gradients of the test samples.
+            out: a path, or any store that Zarr takes.
+            block_shape: (test, train) samples of a block; by default up to (128, 2048), as the
+                free memory allows. A store keeps the shape that it was begun with.
+            progress: show a tqdm bar for each pass.
+
+        Returns the Zarr array of the scores.
+
+        Raises ValueError where the store holds scores of another model, method, damping or other
+        data, or something else; otherwise as `scores`.
+
+        Cost: one solve for each test sample, two passes over the training gradients (one of them
+        for the fingerprint), four operator-vector products; memory for one block of factors and
+        one of training gradients.
+
+        Example:
+            >>> import numpy as np, tempfile, invhvp as ih
+            >>> G = ih.DenseGradients(np.eye(3))
+            >>> inverse = ih.SampleSpace().prepare(ih.RankOneMean(G), damping=1.0)
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     scores = ih.Influence(inverse, G).write(G[:1], folder, progress=False)
+            ...     scores[...], scores.metadata.dimension_names
+            (array([[0.75, 0.  , 0.  ]]), ('test', 'train'))
+        """
+        _check(test, self.inverse, "test")
+        return write(self.inverse, self.train, test, out, block_shape, progress)
 
     def certified_scores(
         self, test: GradientMatrix, /, *, correct: bool = False
@@ -169,6 +266,10 @@ class Influence:
     def _bilinear(self) -> Any:
         return getattr(getattr(self.inverse, "map", None), "bilinear", None)
 
+    def _solved(self, G: GradientMatrix) -> Iterator[tuple[GradientMatrix, Array]]:
+        """Rows of `G` and their solutions, as many at a time as are solved together."""
+        return ((part, self._solve(part)) for part in (G[rows] for rows in _blocks(G.shape[0])))
+
     def _solve(self, rows: GradientMatrix) -> Array:
         return self.inverse.solve(rows).raise_if_meaningless().x
 
@@ -177,7 +278,7 @@ class Influence:
 
 
 def _blocks(n: int) -> Iterator[slice]:
-    return (slice(i, min(i + _BLOCK, n)) for i in range(0, n, _BLOCK))
+    return iter(spans(n, TEST_BLOCK))
 
 
 def _check(gradients: Any, inverse: Any, name: str) -> None:
