@@ -1,0 +1,5 @@
+from __future__ import annotations
+
+import importlib.util
+
+collect_ignore_glob = [] if importlib.util.find_spec("torch") else ["*.py"]
