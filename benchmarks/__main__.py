@@ -1,4 +1,4 @@
-"""python -m benchmarks forms|methods|gauss-newton [--quick] [--cap SECONDS] [--out DIR]."""
+"""python -m benchmarks SUITE [--quick] [--cap SECONDS] [--out DIR]."""
 
 from __future__ import annotations
 
@@ -7,9 +7,26 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from . import forms, gauss_newton, methods, report
+from . import (
+    collection,
+    forms,
+    gauss_newton,
+    hessian_products,
+    methods,
+    peers,
+    preconditioners,
+    report,
+)
 
-SUITES = {"forms": forms, "methods": methods, "gauss-newton": gauss_newton}
+SUITES = {
+    "forms": forms,
+    "methods": methods,
+    "gauss-newton": gauss_newton,
+    "hessian-products": hessian_products,
+    "preconditioners": preconditioners,
+    "peers": peers,
+    "collection": collection,
+}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -45,6 +45,11 @@ def is_numpy(x: Array) -> bool:
     return isinstance(x, np.ndarray | np.generic)
 
 
+def on_host(x: Array) -> bool:
+    """Whether looking at values of `x` costs nothing: NumPy, or PyTorch on the CPU."""
+    return is_numpy(x) or (compat.is_torch_array(x) and x.device.type == "cpu")
+
+
 def library_name(x: Array) -> str:
     """`"numpy"`, `"torch"`, `"jax"`, `"cupy"` or whatever the namespace calls itself."""
     name = namespace(x).__name__
@@ -53,7 +58,12 @@ def library_name(x: Array) -> str:
 
 def empty_like(x: Array) -> Array:
     """A zero-size array of the same library, dtype and device: it carries no data along."""
-    return namespace(x).zeros((0,), dtype=x.dtype, device=None if is_tracing(x) else device(x))
+    if is_tracing(x):  # a part of x, so that it is known to depend on what is traced
+        return namespace(x).reshape(x, (-1,))[:0]
+    if compat.is_jax_array(x):  # and of a concrete x never, not even inside of jit
+        with sys.modules["jax"].ensure_compile_time_eval():
+            return namespace(x).zeros((0,), dtype=x.dtype, device=device(x))
+    return namespace(x).zeros((0,), dtype=x.dtype, device=device(x))
 
 
 def quiet() -> Any:
@@ -100,8 +110,8 @@ def is_real_floating(dtype: Any) -> bool:
 
 
 def same_device(x: Array, y: Array) -> bool:
-    """Whether two arrays of one namespace live on the same device."""
-    return device(x) == device(y)
+    """Whether two arrays of one namespace live on the same device; nobody knows while tracing."""
+    return is_tracing(x) or is_tracing(y) or device(x) == device(y)
 
 
 @lru_cache(maxsize=256)
@@ -139,6 +149,12 @@ def to_host(x: Array) -> np.ndarray:
         x = x.detach().cpu()
         return (x.float() if dtype_name(x.dtype) == "bfloat16" else x).numpy()
     if compat.is_jax_array(x):
+        if is_tracing(x):
+            raise TypeError(
+                "a value is needed on the host, and inside of jax.jit or jax.grad there is none: "
+                "prepare the inverse outside, or use CG, BlockCG or Minres, which run inside "
+                "(a Callback that closes over traced arrays needs like= one of them)"
+            )
         return np.asarray(x)
     xp = namespace(x)
     cpu = getattr(xp, "Device", None)
@@ -225,7 +241,7 @@ def cholesky(M: Array) -> Array:
     xp = namespace(M)
     if compat.is_torch_array(M):
         L, info = sys.modules["torch"].linalg.cholesky_ex(M)  # never raises, never synchronises
-        return xp.where(info == 0, L, _nan_like(L))
+        return xp.where(info == 0, L, math.nan)
     try:
         L = xp.linalg.cholesky(M)
     except Exception as error:
@@ -250,6 +266,14 @@ def eigh(M: Array) -> tuple[Array, Array]:
             raise
         return _nan_like(M[:, 0]), _nan_like(M)
     return result[0], result[1]
+
+
+def gains_from_batched_eigh(M: Array) -> bool:
+    """Whether matrices of the size of M are decomposed faster as one stack than one by one.
+
+    True of CuPy's batched Jacobi method for small ones; elsewhere a stack is only a loop.
+    """
+    return compat.is_cupy_array(M) and M.shape[0] <= 32
 
 
 def solve_lower(L: Array, B: Array, *, transpose: bool = False) -> Array:

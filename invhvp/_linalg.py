@@ -73,9 +73,11 @@ def column_norms(X: Array, *, reduce: Reduce | None = None) -> Array:
     if reduce is not None:  # the largest entry of a sharded column is not known here
         square = column_dot(X, X, reduce=reduce)
         return _backend.namespace(square).sqrt(square)
-    if _backend.is_numpy(X) and _backend.eps(X.dtype) < 2.0**-30:
+    if _backend.on_host(X) and _backend.eps(X.dtype) <= 2.0**-23:
         square = column_dot(X, X)
-        if bool(xp.all((square > 1e-280) & (square < 1e280))):
+        # Entries whose squares vanish are at most 1e-8 of such a sum.
+        least = 1e-280 if _backend.eps(X.dtype) < 2.0**-30 else 1e-30 * (1 + X.shape[0])
+        if bool(xp.all((square > least) & (square < least**-1))):
             return xp.sqrt(square)  # the usual case, and a look is free on the host
     largest = xp.max(xp.abs(X), axis=0) if X.shape[0] else xp.zeros_like(X[0, :])
     usable = (largest > 0) & (largest < math.inf)  # Inf stays Inf, without Inf/Inf on the way

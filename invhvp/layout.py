@@ -74,6 +74,11 @@ class Layout(Mapping[str, Block]):
         """Block names in order."""
         return tuple(self._blocks)
 
+    @property
+    def permuted(self) -> bool:
+        """Whether the blocks are not simply one after the other in their order."""
+        return self._gather is not None
+
     def __getitem__(self, name: str) -> Block:
         return self._blocks[name]
 
@@ -116,7 +121,9 @@ class Layout(Mapping[str, Block]):
             raise ValueError(msg)
         out = np.empty(self.n)
         for name, block in self._blocks.items():
-            out[block.indices] = float(damping[name])
+            value = damping[name]
+            value = _backend.to_host(value) if _backend.is_array(value) else value
+            out[block.indices] = float(value)
         return out
 
     def __repr__(self) -> str:

@@ -30,6 +30,19 @@ class Reduce(Protocol):
     def __call__(self, x: Array, /) -> Array: ...
 
 
+class Processes(Reduce, Protocol):
+    """The processes of one computation: calling it sums an array over them.
+
+    Every process makes the same calls in the same order and gets the same bits. The argument is
+    given up: it may be overwritten.
+    """
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+
+
 @runtime_checkable
 class Inverse(Operator, Protocol):
     """(A + λI)⁻¹ or an approximation of it, as an operator with diagnostics."""

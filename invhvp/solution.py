@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from . import _backend
+from . import _backend, _tracing
 from .protocols import Array
 
 
@@ -123,7 +123,9 @@ class Record:
 class Solution:
     """X ≈ (A + λI)⁻¹B with what is known about its accuracy, per column.
 
-    For `b` of shape (n,) the per-column fields are 0-d, for (n, k) they have shape (k,).
+    For `b` of shape (n,) the per-column fields are 0-d, for (n, k) they have shape (k,). To JAX it
+    is a pytree: `jit` takes and returns it. From inside of `jit` the counts are 0-d arrays, there
+    is no history and no proof, and what is `meaningless` is NaN.
 
     Attributes:
         x: the solution, shape of the right-hand side.
@@ -152,6 +154,10 @@ class Solution:
     seconds: float = 0.0
     history: tuple[Record, ...] = field(default=(), repr=False)
     curvature: Curvature | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        for cls, static in ((Solution, ("error_norm",)), (Record, ()), (Curvature, ())):
+            _tracing.register_pytree(cls, static)
 
     @property
     def status(self) -> Status | tuple[Status, ...]:
@@ -220,10 +226,10 @@ class Solution:
             "relative_residuals": listed(self.relative_residuals),
             "error_bounds": listed(self.error_bounds),
             "error_norm": self.error_norm,
-            "iterations": self.iterations,
-            "products": self.products,
-            "passes": self.passes,
-            "seconds": self.seconds,
+            "iterations": int(self.iterations),
+            "products": int(self.products),
+            "passes": int(self.passes),
+            "seconds": float(self.seconds),
             "history": [
                 {
                     "iteration": record.iteration,

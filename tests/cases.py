@@ -112,6 +112,34 @@ def _rank_one_mean(backend: Backend, n_samples: int, count: float | None = None)
     return operator, G.T @ G / (n_samples if count is None else count)
 
 
+def _factor(n: int, *, seed: int) -> np.ndarray:
+    return matrix(*np.geomspace(2.0, 0.05, n), seed=seed)
+
+
+def _kronecker(backend: Backend, o: int = 3, i: int = 4) -> Case:
+    S, A = _factor(o, seed=7), _factor(i, seed=8)
+    operator = operators.Kronecker(backend.asarray(S), backend.asarray(A), 0.5)
+    return operator, 0.5 * np.kron(_rounded(backend, S), _rounded(backend, A))
+
+
+def _eigen_kronecker(backend: Backend, o: int = 3, i: int = 4) -> Case:
+    U, V = (np.linalg.qr(rows(n, n, seed=n))[0] for n in (o, i))
+    values = np.linspace(0.0, 2.0, o * i).reshape(o, i)[::-1, :]
+    U, V, values = (_rounded(backend, M) for M in (U, V, values))
+    placed = (backend.asarray(M) for M in (U, V, values))
+    Q = np.kron(U, V)
+    return operators.EigenKronecker(*placed), (Q * values.reshape(-1)) @ Q.T
+
+
+def _kronecker_blocks(backend: Backend, layout: Layout = PERMUTED) -> Case:
+    blocks = {"weight": _kronecker(backend, 2, 4), "bias": _eigen_kronecker(backend, 4, 1)}
+    M = np.zeros((N, N))
+    for name, (_, block) in blocks.items():
+        index = np.arange(N)[layout[name].indices]
+        M[np.ix_(index, index)] = block
+    return operators.BlockDiagonal({name: A for name, (A, _) in blocks.items()}, layout), M
+
+
 def _sum(backend: Backend) -> Case:
     (A, M), (D, d) = _rank_one_mean(backend, 5), _diagonal(backend)
     return A + D, M + d
@@ -141,6 +169,9 @@ OPERATORS: dict[str, Callable[[Backend], Case]] = {
     "rank-one-mean-wide": lambda b: _rank_one_mean(b, 5),
     "rank-one-mean-tall": lambda b: _rank_one_mean(b, 40),
     "rank-one-mean-counted": lambda b: _rank_one_mean(b, 6, 2.0),
+    "kronecker": _kronecker,
+    "eigen-kronecker": _eigen_kronecker,
+    "kronecker-blocks": _kronecker_blocks,
     "sum": _sum,
     "scaled": _scaled,
     "damped": _damped,

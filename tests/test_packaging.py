@@ -44,7 +44,9 @@ def test_public_names_are_documented():
     assert bare == []
 
 
-@pytest.mark.parametrize("package", ["invhvp", "invhvp_torch", "invhvp_demo"])
+@pytest.mark.parametrize(
+    "package", ["invhvp", "invhvp_torch", "invhvp_jax", "invhvp_dask", "invhvp_demo"]
+)
 def test_types_are_shipped(package: str):
     spec = importlib.util.find_spec(package)
     assert spec is not None

@@ -10,6 +10,7 @@ import pytest
 
 import invhvp as ih
 from invhvp import plots
+from invhvp.influence import evaluate
 
 pytest.importorskip("matplotlib")
 from matplotlib.figure import Figure
@@ -45,6 +46,25 @@ def test_detection_counts_what_is_found(ax: Any):
     wrong = np.asarray([True, False, True, False])
     assert plots.detection({"s": np.asarray([4.0, 3.0, 2.0, 1.0])}, wrong, ax=ax) is ax
     assert ax.get_lines()[1].get_ydata().tolist() == [0, 1, 1, 2, 2]
+
+
+def test_lds_names_score_and_interval(ax: Any):
+    values = np.random.default_rng(0).standard_normal((4, 12))
+    found = evaluate.lds(values, lambda kept: -values[:, kept].sum(axis=1), subsets=6)
+    assert plots.lds({"exact": found}, ax=ax) is ax
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == ["exact: 1.00 (1.00 to 1.00)"]
+    np.testing.assert_allclose(ax.get_lines()[0].get_ydata(), np.ones(4))
+
+
+def test_influence_by_label_is_a_table_of_means(ax: Any):
+    scores = np.asarray([[1.0, 3.0, -1.0], [0.0, 2.0, -5.0]])
+    assert plots.influence_by_label(scores, ["a", "a", "b"], [1, 0], ax=ax) is ax
+    image = ax.get_images()[0]
+    np.testing.assert_allclose(image.get_array(), [[1.0, -5.0], [2.0, -1.0]])
+    assert image.get_clim() == (-5.0, 5.0)
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["0", "1"]
+    with pytest.raises(ValueError, match="n_test, n_train"):
+        plots.influence_by_label(scores.T, ["a", "a", "b"], [1, 0], ax=ax)
 
 
 def test_galleries_say_what_they_show(ax: Any):

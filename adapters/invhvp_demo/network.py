@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 import invhvp as ih
+from invhvp.influence import evaluate
 
-from . import scoring
 from .data import Digits
 
 HIDDEN, L2 = 16, 1e-2
@@ -103,6 +103,7 @@ def _study(digits: Digits) -> NetworkResult:
         right = (model(x_test).argmax(dim=1) == y_test).double().mean()
         predicted = model(x).argmax(dim=1).numpy()
     wrong = digits.wrong
+    found = evaluate.mislabelled(self_influence, wrong)
     status: Any = solution.status
     return NetworkResult(
         parameters=rows.shape[1],
@@ -116,10 +117,10 @@ def _study(digits: Digits) -> NetworkResult:
         status=status.name,
         products=solution.products,
         residual=float(solution.relative_residuals),
-        agreement=scoring.pearson(fisher_scores, test_scores),
-        auc=scoring.auc(self_influence, wrong),
-        precision=scoring.precision(self_influence, wrong, int(wrong.sum())),
-        test_auc=scoring.auc(-test_scores, wrong),
+        agreement=evaluate.correlation(fisher_scores, test_scores),
+        auc=found.auc,
+        precision=found.precision,
+        test_auc=evaluate.mislabelled(-test_scores, wrong).auc,
         self_influence=self_influence,
         test_scores=test_scores,
         predicted=predicted,

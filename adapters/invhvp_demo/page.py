@@ -6,7 +6,8 @@ import base64
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from . import scoring
+from invhvp.influence import evaluate
+
 from .network import NetworkResult
 from .study import L2, Study
 
@@ -84,10 +85,11 @@ def _tiles(study: Study) -> str:
     wrong, exact = study.digits.wrong, study.exact
     found = int(wrong[study.suspects[: study.n_flipped]].sum())
     loo = study.leave_one_out
+    auc = evaluate.mislabelled(exact.self_influence, wrong).auc
     tiles = [
         (f"{found} / {study.n_flipped}", f"wrong labels among the {study.n_flipped} most "
          "suspicious"),
-        (f"{scoring.auc(exact.self_influence, wrong):.3f}", "probability that a wrong label looks "
+        (f"{auc:.3f}", "probability that a wrong label looks "
          "more suspicious than a right one (AUC)"),
         (f"{loo.pearson:.4f}", f"correlation with {len(loo.index)} actual retrainings"),
         (f"{100 * study.test_accuracy:.1f} %", "test accuracy of the classifier"),
@@ -126,7 +128,11 @@ def _predictions(study: Study, pictures: Mapping[str, bytes]) -> str:
         'each: those whose presence <span class="good">lowers</span> its loss and those whose '
         'presence <span class="bad">raises</span> it. Above each: its label in the data (✗ where '
         "it was flipped) and its influence in nats; removing the image changes the loss by about "
-        f"influence / {n:,}.</p>" + shown,
+        f"influence / {n:,}.</p>"
+        + shown
+        + '<p class="soft">All images at once: how much those of one label help (blue) or hurt '
+        "(red) the predictions of another.</p>"
+        + _image(pictures, "by-label.png", "Mean influence of each label on each label"),
     )
 
 
@@ -144,7 +150,11 @@ def _check(study: Study, pictures: Mapping[str, bytes]) -> str:
         "expected: influence is the first-order term, and leaving an image out is a finite "
         "step.</p></div>"
         + _image(pictures, "leave-one-out.png", "Predicted against actual change of the loss")
-        + "</div>",
+        + "</div>"
+        + '<p class="soft">And for each test image alone: do summed scores rank the models trained '
+        f"on {len(study.lds.actual)} random halves of the data? The linear datamodelling score is "
+        f"<b>{study.lds.score:.2f}</b>, 1 at best.</p>"
+        + _image(pictures, "lds.png", "Rank correlation with retraining on random halves"),
     )
 
 

@@ -28,7 +28,9 @@ def draw_all(study: Study, *, dpi: int = 110) -> dict[str, bytes]:
                 f"prediction-{i + 1}.png": _png(_prediction(image, study.digits), dpi)
                 for i, image in enumerate(study.test_images)
             },
+            "by-label.png": _png(_by_label(study), dpi),
             "leave-one-out.png": _png(_leave_one_out(study), dpi),
+            "lds.png": _png(_lds(study), dpi),
             "convergence.png": _png(_convergence(study), dpi),
         }
 
@@ -91,6 +93,18 @@ def _leave_one_out(study: Study) -> Any:
     figure, ax = _figure(5.2, 5.2)
     loo = study.leave_one_out
     plots.leave_one_out(loo.predicted, loo.actual, wrong=loo.wrong, ax=ax)
+    return figure
+
+
+def _by_label(study: Study) -> Any:
+    figure, ax = _figure(6.4, 5.2)
+    plots.influence_by_label(study.scores, study.digits.given, study.digits.test_labels, ax=ax)
+    return figure
+
+
+def _lds(study: Study) -> Any:
+    figure, ax = _figure(6.4, 4.2)
+    plots.lds({study.exact.label: study.lds}, ax=ax)
     return figure
 
 

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 import invhvp as ih
+from invhvp.influence import evaluate
 
-from . import files, page, pictures, scoring
+from . import files, page, pictures
 from .methods import Result
 from .network import L2 as NETWORK_L2
 from .study import L2, Study
@@ -47,11 +48,12 @@ def table(study: Study) -> list[tuple[str, ...]]:
             f"{result.products:,}",
             f"{result.residual:.1e}",
             "reference" if result is study.exact else f"{result.error:.1e}",
-            f"{scoring.auc(result.self_influence, wrong):.3f}",
-            f"{scoring.precision(result.self_influence, wrong, study.n_flipped):.2f}",
+            f"{found.auc:.3f}",
+            f"{found.precision:.2f}",
             f"{study.retraining_r(result):.4f}",
         )
         for result in study.results
+        for found in [evaluate.mislabelled(result.self_influence, wrong)]
     ]
 
 
@@ -122,6 +124,7 @@ def as_dict(study: Study) -> dict[str, Any]:
             "unit": "change of the mean test loss in nats",
             "points": leave_one_out_rows(study),
         },
+        "lds": {"score": study.lds.score, "interval": list(study.lds.interval)},
         "training_images": training_rows(study),
         "test_images": [
             {key: _plain(value) for key, value in vars(image).items()}
@@ -143,12 +146,13 @@ def _network(study: Study) -> dict[str, Any]:
 
 def _method(result: Result, study: Study) -> dict[str, Any]:
     wrong = study.digits.wrong
+    found = evaluate.mislabelled(result.self_influence, wrong)
     per_image = ("self_influence", "test_scores")
     return {
         **{key: value for key, value in vars(result).items() if key not in per_image},
-        "mislabel_auc": scoring.auc(result.self_influence, wrong),
-        "precision": scoring.precision(result.self_influence, wrong, study.n_flipped),
-        "mislabel_auc_by_test_loss": scoring.auc(-result.test_scores, wrong),
+        "mislabel_auc": found.auc,
+        "precision": found.precision,
+        "mislabel_auc_by_test_loss": evaluate.mislabelled(-result.test_scores, wrong).auc,
         "retraining_pearson": study.retraining_r(result),
     }
 

@@ -1,13 +1,15 @@
-"""Training to machine precision, and again without one sample at a time."""
+"""Training to machine precision, and again on some of the samples."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable
 from typing import Any
 
 import array_api_compat as compat
+import numpy as np
 
 import invhvp as ih
+from invhvp import _backend
 
 from . import model
 from .model import Array, Samples
@@ -51,27 +53,29 @@ def train(
     raise RuntimeError(msg)
 
 
-def leave_out(
-    w: Array, samples: Samples, l2: float, chosen: Iterable[int], inverse: Any
-) -> Iterable[Array]:
-    """Parameters (p,) retrained without each of the chosen samples, one after the other.
+def on_subsets(
+    w: Array, samples: Samples, l2: float, inverse: Any
+) -> Callable[[np.ndarray], Array]:
+    """A function of indices that retrains on those samples alone and returns the parameters (p,).
 
-    Leaving a sample out sets its weight to zero; the mean stays over N and the L2 term as it is.
+    The other samples get weight zero; the mean stays over N and the L2 term as it is.
 
     Args:
         w: optimum on all samples, where each retraining starts.
         samples: all of them.
         l2: as in training.
-        chosen: indices of the samples to leave out.
         inverse: of the damped Hessian at w; it preconditions the Newton systems, whose solutions
             meet their own tolerance whatever it is.
     """
-    xp = compat.array_namespace(w)
-    positions = xp.arange(len(samples), device=compat.device(w))
-    ones = xp.ones_like(samples.images[:, 0])
-    for index in chosen:
-        weights = xp.where(positions == index, xp.zeros_like(ones), ones)
-        yield train(samples, l2, weights=weights, start=w, preconditioner=ih.Fixed(inverse))
+    preconditioner = ih.Fixed(inverse)
+
+    def retrained(kept: np.ndarray) -> Array:
+        chosen = np.zeros(len(samples))
+        chosen[kept] = 1.0
+        weights = _backend.from_host(chosen, samples.images)
+        return train(samples, l2, weights=weights, start=w, preconditioner=preconditioner)
+
+    return retrained
 
 
 def _norm(x: Array) -> float:

@@ -11,8 +11,9 @@ import numpy as np
 
 import invhvp as ih
 from invhvp import _backend
+from invhvp.influence import evaluate
 
-from . import data, methods, model, network, retrain, scoring
+from . import data, methods, model, network, retrain
 
 L2 = 1e-2
 TOP = 7  # images shown on each side of a prediction
@@ -20,27 +21,17 @@ TOP = 7  # images shown on each side of a prediction
 Progress = Callable[[Iterable[Any], str, int], Iterable[Any]]
 
 
-@dataclass(frozen=True, kw_only=True)
-class LeaveOneOut:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LeaveOneOut(evaluate.LeaveOneOut):
     """What influence predicted, and what retraining without the image did to the mean test loss.
 
     All arrays have shape (m,), one entry for each retraining; changes are in nats.
+
+    Attributes:
+        wrong: whether the label of the image is wrong.
     """
 
-    index: np.ndarray
-    predicted: np.ndarray
-    actual: np.ndarray
     wrong: np.ndarray
-
-    @property
-    def pearson(self) -> float:
-        """Linear correlation of both."""
-        return scoring.pearson(self.predicted, self.actual)
-
-    @property
-    def slope(self) -> float:
-        """Actual over predicted change, by least squares."""
-        return scoring.slope(self.predicted, self.actual)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +65,8 @@ class Study:
     results: list[methods.Result]
     histories: dict[str, ih.Solution]
     leave_one_out: LeaveOneOut
+    lds: evaluate.LDS
+    scores: np.ndarray
     test_images: list[TestImage]
     network: network.NetworkResult | None
     network_missing: str | None
@@ -87,7 +80,7 @@ class Study:
     @property
     def suspects(self) -> np.ndarray:
         """Training images from the most suspicious to the least."""
-        return scoring.ranked(self.exact.self_influence)
+        return ranked(self.exact.self_influence)
 
     @property
     def n_flipped(self) -> int:
@@ -102,7 +95,7 @@ class Study:
     def retraining_r(self, result: methods.Result) -> float:
         """Correlation of a method's predictions with the retrainings."""
         loo = self.leave_one_out
-        return scoring.pearson(result.test_scores[loo.index], loo.actual)
+        return evaluate.correlation(result.test_scores[loo.index], loo.actual)
 
 
 def run(
@@ -144,16 +137,27 @@ def run(
     exact = rows[0].build(ih, system).prepare(system.hessian, damping=L2)
     base = model.losses(w, test)
     chosen = choose(results[0].test_scores, retrainings)
-    retrained = retrain.leave_out(w, train, L2, chosen, exact)
-    changes = [
-        float(_backend.namespace(base).mean(model.losses(other, test) - base))
-        for other in progress(retrained, "leave-one-out", len(chosen))
-    ]
+    again = retrain.on_subsets(w, train, L2, exact)
+    left_out = evaluate.leave_one_out(
+        results[0].test_scores,
+        lambda kept: _mean(model.losses(again(kept), test)),
+        progress(chosen, "leave-one-out", len(chosen)),
+        baseline=_mean(base),
+    )
     clock("leave-one-out retrainings")
+    influence = ih.Influence(exact, system.train)
+    scores = _backend.to_host(influence.scores(system.test))
+    halves = iter(progress(range(retrainings), "random halves", retrainings))
+    lds = evaluate.lds(
+        scores,
+        lambda kept: (next(halves, None), model.losses(again(kept), test))[1],
+        subsets=retrainings,
+    )
+    clock("retrainings on random halves")
     chances = _backend.to_host(model.probabilities(w, test))
     shown = interesting(chances, digits.test_labels)
     histories = methods.histories(system, np.arange(16))
-    top = ih.Influence(exact, system.train).top_k(system.test[shown], k=TOP)
+    top = influence.top_k(system.test[shown], k=TOP)
     losses = _backend.to_host(base)
     test_images = [
         TestImage(
@@ -184,11 +188,13 @@ def run(
         results=results,
         histories=histories,
         leave_one_out=LeaveOneOut(
-            index=chosen,
-            predicted=results[0].test_scores[chosen] / len(digits.given),
-            actual=np.asarray(changes),
+            index=left_out.index,
+            predicted=left_out.predicted,
+            actual=left_out.actual,
             wrong=digits.wrong[chosen],
         ),
+        lds=lds,
+        scores=scores,
         test_images=test_images,
         network=net,
         network_missing=missing,
@@ -196,10 +202,15 @@ def run(
     )
 
 
+def ranked(scores: np.ndarray) -> np.ndarray:
+    """Indices from the highest score to the lowest."""
+    return np.argsort(-scores, kind="stable")
+
+
 def choose(scores: np.ndarray, count: int, *, seed: int = 1) -> np.ndarray:
     """Images to leave out: two fifths most helpful, two fifths most harmful, the rest random."""
     each = 2 * count // 5
-    order = scoring.ranked(scores)
+    order = ranked(scores)
     middle = np.random.default_rng(seed).permutation(order[each : len(order) - each])
     return np.concatenate([order[:each], order[len(order) - each :], middle[: count - 2 * each]])
 
@@ -216,6 +227,10 @@ def interesting(chances: np.ndarray, labels: np.ndarray, *, count: int = 4) -> n
             if len(found) < enough and right[i] == want_right and new_class:
                 found.append(int(i))
     return np.asarray(found)
+
+
+def _mean(losses: model.Array) -> float:
+    return float(_backend.namespace(losses).mean(losses))
 
 
 def _samples(images: np.ndarray, labels: np.ndarray, place: data.Place) -> model.Samples:

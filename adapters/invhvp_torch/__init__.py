@@ -10,10 +10,13 @@ except ModuleNotFoundError as error:
 
 from .curvature import Hessian as Hessian
 from .curvature import hessian as hessian
+from .distributed import AllReduce as AllReduce
 from .gauss_newton import empirical_fisher as empirical_fisher
 from .gauss_newton import fisher as fisher
 from .gauss_newton import gauss_newton as gauss_newton
 from .gradients import per_sample_gradients as per_sample_gradients
+from .kronecker import ekfac as ekfac
+from .kronecker import kfac as kfac
 from .mixed import mixed_gradients as mixed_gradients
 from .parameters import from_array as from_array
 from .parameters import to_array as to_array

@@ -12,6 +12,7 @@ import torch
 from invhvp import _backend
 from invhvp.gradients import (
     DenseGradients,
+    EmbeddingGradients,
     GradientMatrix,
     OuterProductGradients,
     StackedGradients,
@@ -94,6 +95,11 @@ class Bridge:
         if isinstance(G, OuterProductGradients):
             d, a = self.from_torch(G.output_grads), self.from_torch(G.inputs)
             return OuterProductGradients(output_grads=d, inputs=a, layout=G.layout)
+        if isinstance(G, EmbeddingGradients):
+            d, indices = self.from_torch(G.output_grads), self.from_torch(G.indices)
+            return EmbeddingGradients(
+                output_grads=d, indices=indices, n_rows=G.block_shape[0], layout=G.layout
+            )
         return DenseGradients(self.from_torch(G.to_dense()), layout=G.layout)
 
     def operator(self, A: LinearOperator) -> Bridged:

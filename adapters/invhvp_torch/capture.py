@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.autograd.graph import GradientEdge, get_gradient_edge
@@ -14,8 +14,8 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from invhvp import _backend
 from invhvp.gradients import GradientMatrix
 
-from . import layers
-from .attention import product_with, projections
+from . import contributions, layers
+from .attention import parameter_at, product_with, projections, splits_parameter
 from .double_backward import nodes
 from .parameters import Parameters
 
@@ -24,13 +24,15 @@ from .parameters import Parameters
 class Call:
     """One call of a layer, with the place in the graph where its output left it.
 
-    `time_first` says that the output there is (T N, ...), with the samples of one place together.
+    `time_first` says that the output there is (T N, ...), with the samples of one place together;
+    `rows` of the weight are those used, where not all are.
     """
 
     layer: Layer
     x: torch.Tensor
     edge: GradientEdge
     time_first: bool = False
+    rows: contributions.Span | None = None
 
 
 @dataclass(kw_only=True)
@@ -41,6 +43,23 @@ class Layer:
     rule: layers.Rule
     names: dict[str, str]
     calls: list[Call] = field(default_factory=list)
+    bias_rows: contributions.Span | None = None  # of a bias that several layers share
+
+
+class Take(Protocol):
+    """Takes calls and the derivatives (N C, ...) of their outputs, for all uses of `names`.
+
+    Nobody needs the parameters in `skipped`.
+    """
+
+    @property
+    def names(self) -> frozenset[str]: ...
+    @property
+    def skipped(self) -> frozenset[str]: ...
+
+    def __call__(self, call: Call, d: torch.Tensor | None, /) -> set[str]:
+        """Which parameters of the call need nothing else."""
+        ...
 
 
 class Calls:
@@ -63,6 +82,7 @@ class Calls:
                 self.layers.append(Layer(module=module, rule=rule, names=found))
         self._projections = projections(model, names)
         self._parameters = parameters
+        self.rounded: dict[str, float] = {}  # unit of the coarsest dtype that a layer ran in
         self._handles: list[Any] = []
 
     def __enter__(self) -> Calls:
@@ -89,14 +109,20 @@ class Calls:
             handle.remove()
 
     def blocks(
-        self, values: torch.Tensor, allowed: set[str], *, keep: bool = True
+        self,
+        values: torch.Tensor,
+        allowed: set[str],
+        *,
+        keep: bool = True,
+        take: Take | None = None,
     ) -> dict[str, GradientMatrix]:
         """Gradients of all values (N, C) in the `allowed` parameters that only layers use.
 
         Rows are those of (N C,): the values of a sample are together. One backward pass for each
         of the C. A use that was not recorded (a functional call) shows in the graph as an edge
         more into the parameter; such parameters are left out, for others to compute. Without
-        `keep` the graph and the recorded calls are given up on the way.
+        `keep` the graph and the recorded calls are given up on the way. `take` gets what it asks
+        for as it is, instead.
         """
         n, columns = values.shape
         uses, reached = self._uses(values)
@@ -104,10 +130,12 @@ class Calls:
         calls = []
         seen = [call for layer in self.layers for call in layer.calls]
         for call in [*seen, *self._attention(reached, n)]:
-            if call.edge.node in reached and call.x.ndim > 1 and call.x.shape[0] == n:
+            if call.edge.node in reached and _by_sample(call.x, n):
                 calls.append(call)
                 recorded.update(call.layer.names.values())
         names = {name for name in allowed if uses[name] and uses[name] == recorded[name]}
+        if take is not None:
+            _check_taken(take, uses, recorded)
         calls = [call for call in calls if names & set(call.layer.names.values())]
         if not calls:
             return {}
@@ -122,55 +150,106 @@ class Calls:
         if not keep:
             for layer in self.layers:
                 layer.calls.clear()
-        parts: dict[str, list[layers.Part]] = {}
+        parts: dict[str, list[contributions.Part]] = {}
         while calls:
             # Taken out of the lists, so that nothing is held that has been used.
             call = calls.pop()
-            added = _added(call, tuple(column.pop() for column in slopes), n)
+            d = _derivatives(call, tuple(column.pop() for column in slopes), n)
+            call, d = self._in_one_dtype(call, d)
+            taken = set() if take is None else take(call, d)
+            names -= taken
+            if taken >= set(call.layer.names.values()):
+                continue
+            added = _added(call, d)
             for key, name in call.layer.names.items():
+                if name in taken:
+                    continue
                 if key in added:
-                    parts.setdefault(name, []).append(added[key])
+                    parts.setdefault(name, []).insert(0, added[key])  # in the order of calls
                 else:
                     names.discard(name)
         sizes = {name: self._parameters.layout[name].size for name in names}
-        blocks = {name: layers.block(parts[name]) for name in names}
+        blocks = {name: contributions.block(parts[name]) for name in names}
         return {name: block for name, block in blocks.items() if block.shape[1] == sizes[name]}
 
-    def _attention(self, reached: set[Any], n: int) -> Iterator[Call]:
+    def _in_one_dtype(self, call: Call, d: torch.Tensor | None) -> tuple[Call, torch.Tensor | None]:
+        """In the dtype of the parameters, where a forward pass under autocast has left others."""
+        dtype, x = self._parameters.like.dtype, call.x
+        for t in (x, d):
+            if t is not None and t.dtype.is_floating_point and t.dtype != dtype:
+                for name in call.layer.names.values():
+                    unit = max(self.rounded.get(name, 0.0), _backend.eps(t.dtype))
+                    self.rounded[name] = unit
+        if x.dtype.is_floating_point and x.dtype != dtype:
+            call = replace(call, x=x.to(dtype))
+        return call, None if d is None else d.to(dtype)
+
+    def _attention(self, reached: dict[Any, None], n: int) -> Iterator[Call]:
         """Calls within `nn.MultiheadAttention`, which hands its weights to a function."""
         if not self._projections:
             return
         for node in reached:
-            weight, rows = product_with(node)
+            weight, x, rows = product_with(node)
             layer = self._projections.get(id(weight))
-            if layer is not None and rows is not None and rows.shape[0] % n == 0:
-                x = rows.detach().unflatten(0, (-1, n)).transpose(0, 1)
-                yield Call(Layer(**layer), x, GradientEdge(node, 0), time_first=True)
+            if layer is not None and x is not None and x.shape[0] % n == 0:
+                x = x.detach().unflatten(0, (-1, n)).transpose(0, 1)
+                edge = GradientEdge(node, 0)
+                yield Call(Layer(**layer), x, edge, time_first=True, rows=rows)
 
-    def _uses(self, values: torch.Tensor) -> tuple[Counter[str], set[Any]]:
-        """How often each parameter enters the graph, and all nodes of the graph."""
+    def _uses(self, values: torch.Tensor) -> tuple[Counter[str], dict[Any, None]]:
+        """How often each parameter enters the graph, and all nodes of it, in a fixed order.
+
+        A parameter that is split into rows enters once for each use of any of them.
+        """
         names = {id(p): name for name, p in self._parameters.named.items()}
         uses: Counter[str] = Counter()
-        reached = set()
+        reached: dict[Any, None] = {}
         for node in nodes(values):
-            reached.add(node)
-            for following, _ in node.next_functions:
-                variable = getattr(following, "variable", None)
+            reached[node] = None
+            for edge in () if splits_parameter(node) else node.next_functions:
+                variable, _ = parameter_at(edge)
                 if variable is not None and id(variable) in names:
                     uses[names[id(variable)]] += 1
         return uses, reached
 
 
-def _added(call: Call, slopes: tuple[torch.Tensor, ...], n: int) -> Mapping[str, layers.Part]:
-    """What one call adds to the parameters of its layer; nothing where its rule does not fit."""
+def _check_taken(take: Take, uses: Counter[str], recorded: Counter[str]) -> None:
+    lost = [name for name in take.names if uses[name] != recorded[name]]
+    if lost:
+        msg = (
+            f"the model uses {lost} in another way than in the first batch; layers must be called "
+            "as modules, in every batch, on samples along the first axis"
+        )
+        raise ValueError(msg)
+
+
+def _derivatives(call: Call, slopes: tuple[torch.Tensor, ...], n: int) -> torch.Tensor | None:
+    """The derivatives (N C, ...) of one call; None where they have no axis of samples."""
     if call.time_first:
         slopes = tuple(t.unflatten(0, (-1, n)).transpose(0, 1) for t in slopes)
     if slopes[0].shape[0] != n:
+        return None
+    return slopes[0] if len(slopes) == 1 else torch.stack(slopes, 1).flatten(0, 1)
+
+
+def _by_sample(x: torch.Tensor, n: int) -> bool:
+    """Whether an input has samples along its first axis: one feature each only as an index."""
+    return x.shape[:1] == (n,) and (x.ndim > 1 or not x.is_floating_point())
+
+
+def _added(call: Call, d: torch.Tensor | None) -> Mapping[str, contributions.Part]:
+    """What one call adds to the parameters of its layer; nothing where its rule does not fit."""
+    if d is None:
         return {}
-    d = slopes[0] if len(slopes) == 1 else torch.stack(slopes, 1).flatten(0, 1)
     try:
-        return call.layer.rule(call.layer.module, call.x, d)
+        added = call.layer.rule(call.layer.module, call.x, d)
     except (RuntimeError, ValueError, IndexError) as error:
         if _backend.is_out_of_memory(error):
             raise
         return {}  # another shape than the layer's usual one: others compute it
+    spans = {"weight": call.rows, "bias": call.rows or call.layer.bias_rows}
+    return {key: _sliced(part, spans.get(key)) for key, part in added.items()}
+
+
+def _sliced(part: Any, span: contributions.Span | None) -> contributions.Part:
+    return part if span is None else contributions.Slice(part, span)

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, TypeAlias
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 
-from invhvp import _backend
 from invhvp.operators import LinearOperator
 
 from . import samples
 from .bridge import TorchDoor, bridge_to
 from .data import Cache, Cached, Streamed, read
-from .double_backward import GradientGraph, probe
-from .evaluation import check_independent, evaluation, seed
-from .objective import BatchLoss, Loss, Objective, Reduction, is_separable
+from .distributed import Distributed, across, own_seed, processes_of, together
+from .double_backward import GradientGraph
+from .evaluation import LOCK, check_independent, evaluation, seed
+from .objective import BatchLoss, Loss, Objective, Reduction
 from .parameters import Parameters, Selection
-
-KeepGraph: TypeAlias = bool | Literal["auto"]
+from .recorded import settled
+from .survey import KeepGraph, Survey
 
 
 def hessian(
@@ -35,6 +37,7 @@ def hessian(
     keep_graph: KeepGraph = "auto",
     batch_size: int | None = None,
     rng: int = 0,
+    distributed: Distributed = None,
     array_namespace: Any = None,
     transfer: bool = False,
 ) -> LinearOperator:
@@ -59,10 +62,14 @@ def hessian(
             sum of the sample weights. Not with reduction="mean".
         cache: keep the data on the device: True, False, or where a quarter of free memory
             holds them.
-        keep_graph: keep every batch's gradient graph between products: True, False, or as many
-            as half of free memory holds. The values are the same.
+        keep_graph: keep every batch's gradient graph between products (of small batches the
+            operations recorded from it, which are fewer): True, False, or as many as half of
+            free memory holds. The values are the same.
         batch_size: samples at once where the data are one tuple of tensors.
         rng: the seed of what is random in training mode.
+        distributed: for data that are shared out over processes: True for the default process
+            group of torch.distributed, or a group. Every process passes its own samples, gets
+            the operator of all of them, and takes part in every product.
         array_namespace: `numpy` or `cupy`, for an operator that takes and gives their arrays
             without copies; by default torch.
         transfer: allow NumPy with a model on a GPU, at the price of copies.
@@ -73,7 +80,9 @@ def hessian(
     derivative. Products of all threads take turns.
 
     Cost: a column of a product costs about two gradients of the loss with a kept graph; without
-    one, a gradient more for all columns together. Building it costs two or three passes.
+    one, a gradient more for all columns together. Building it costs two or three passes, and a
+    first product that records three columns more. Batches of a loader that are too small to
+    keep a processor busy go through several at once.
 
     Example:
         >>> import torch, invhvp_torch as it
@@ -83,38 +92,45 @@ def hessian(
         >>> H @ torch.ones(3)
         tensor([0.6667, 0.6667, 0.6667])
     """
-    objective = Objective(model=model, loss=loss, batch_loss=batch_loss, reduction=reduction)
+    processes = processes_of(distributed)
     selected = Parameters(model, parameters)
     bridge = bridge_to(array_namespace, selected.like, transfer=transfer)
-    check_independent(model, training=training)
-    if count is not None:
-        check_count(count, objective)
-    if keep_graph not in (True, False, "auto"):
-        msg = f'keep_graph= takes True, False or "auto", got {keep_graph!r}'
-        raise ValueError(msg)
-    device = selected.like.device
-    with evaluation(model, training=training, device=device):
-        batches = read(data, device, cache=cache, batch_size=batch_size)
-        survey = _Survey(objective, selected, training=training, rng=rng)
-        survey.look_at(batches)
-    whole = None
-    if survey.separable and isinstance(batches, Cached):
-        whole = batches.joined(survey.sizes)
-    stored = isinstance(batches, Cached) or keep_graph is True
-    keep = survey.n_to_keep(keep_graph) if stored else 0
-    H = (Hessian if whole is None else SampledHessian)(
-        objective=objective,
-        parameters=selected,
-        batches=batches,
-        n_samples=sum(survey.sizes),
-        count=survey.count if count is None else float(count),
-        training=training,
-        rng=rng,
-        keep=keep,
-        bytes_per_sample=survey.bytes_per_sample,
-        whole=whole,
-    )
-    return H if bridge is None else bridge.operator(H)
+    rng = own_seed(rng, processes)
+    with together(processes, selected.like):
+        objective = Objective(model=model, loss=loss, batch_loss=batch_loss, reduction=reduction)
+        check_independent(model, training=training)
+        if count is not None:
+            check_count(count, objective)
+        if keep_graph not in (True, False, "auto"):
+            msg = f'keep_graph= takes True, False or "auto", got {keep_graph!r}'
+            raise ValueError(msg)
+        device = selected.like.device
+        with evaluation(model, training=training, device=device):
+            batches = read(data, device, cache=cache, batch_size=batch_size)
+            survey = Survey(objective, selected, training=training, rng=rng)
+            survey.look_at(batches)
+        whole = None
+        if survey.separable and isinstance(batches, Cached):
+            whole = batches.joined(survey.sizes)
+            if whole is not None and batch_size is None and not training:
+                batches = survey.merged(whole, batches)
+        stored = isinstance(batches, Cached) or keep_graph is True
+        keep = survey.n_to_keep(keep_graph) if stored else 0
+        total = survey.count if count is None else float(count)
+        H = (Hessian if whole is None else SampledHessian)(
+            objective=objective,
+            parameters=selected,
+            batches=batches,
+            n_samples=sum(survey.sizes),
+            count=total,
+            training=training,
+            rng=rng,
+            keep=keep,
+            bytes_per_sample=survey.bytes_per_sample,
+            whole=whole,
+        )
+        H = H if bridge is None else bridge.operator(H)
+    return across(H, processes, share=total, count=count)
 
 
 class Hessian(TorchDoor):
@@ -145,7 +161,7 @@ class Hessian(TorchDoor):
         self._keep = keep
         self._bytes_per_sample = bytes_per_sample
         self._whole = whole
-        self._kept: dict[int, GradientGraph] = {}
+        self._kept: dict[int, Any] = {}
 
     @property
     def n_samples(self) -> int:
@@ -154,21 +170,33 @@ class Hessian(TorchDoor):
 
     def _matmat(self, X: torch.Tensor, /) -> torch.Tensor:
         self._parameters.check_unchanged()
-        model, device = self._objective.model, self._like.device
-        with evaluation(model, training=self._training, device=device):
+        device = self._like.device
+        complete = len(self._kept) == len(self._batches)
+        with _replay(device) if complete else self._evaluation():
             # Cloned, because a tensor made in inference mode cannot enter a graph.
             rows = X.detach().mT.clone(memory_format=torch.contiguous_format)
             total = torch.zeros_like(rows)
             if rows.shape[0] == 0:
                 return total.mT
-            for index, batch in enumerate(self._batches):
-                graph = self._kept.get(index)
-                if graph is None:
-                    graph = self._differentiate(index, batch)
-                    if index < self._keep:
-                        self._kept[index] = graph
-                graph.add_products(rows, total, free=index >= self._keep)
+            if complete:
+                for index in range(len(self._batches)):
+                    self._kept[index].add_products(rows, total, free=False)
+            else:
+                self._pass(rows, total)
         return (total / self._count).mT
+
+    def _evaluation(self) -> AbstractContextManager[None]:
+        return evaluation(self._objective.model, training=self._training, device=self._like.device)
+
+    def _pass(self, rows: torch.Tensor, total: torch.Tensor) -> None:
+        """Read the data, and differentiate what is not kept."""
+        for index, batch in enumerate(self._batches):
+            graph = self._kept.get(index)
+            if graph is None:
+                graph = self._differentiate(index, batch)
+                if index < self._keep:
+                    graph = self._kept[index] = settled(graph, self._like)
+            graph.add_products(rows, total, free=index >= self._keep)
 
     def _differentiate(self, index: int, batch: Any) -> GradientGraph:
         if self._training:
@@ -228,51 +256,11 @@ class SampledHessian(Hessian):
         )
 
 
-class _Survey:
-    """The pass at construction: counts samples, proves conventions, looks at one graph."""
-
-    def __init__(
-        self, objective: Objective, parameters: Parameters, *, training: bool, rng: int
-    ) -> None:
-        self._objective = objective
-        self._parameters = parameters
-        self._training = training
-        self._rng = rng
-        self.sizes: list[int] = []
-        self.count = 0.0
-        self.bytes_per_sample = 0.0
-        self.separable = True
-
-    def look_at(self, batches: Cached | Streamed) -> None:
-        sentinel = None
-        for index, batch in enumerate(batches):
-            if self._training:
-                seed(self._rng + index, self._parameters.like.device)
-            forward = self._objective.forward(batch)
-            if forward.n == 0:
-                msg = f"batch {index} has no samples"
-                raise ValueError(msg)
-            sentinel = forward.check(sentinel)
-            self.sizes.append(forward.n)
-            self.count += forward.weight_sum()
-            self.separable = self.separable and samples.is_sliceable(batch, forward.n)
-            if index == 0:
-                self.separable = is_separable(forward, batch, training=self._training)
-                size = probe(self._objective, self._parameters, batch)
-                self.bytes_per_sample = size / forward.n
-        if not (math.isfinite(self.count) and self.count > 0):
-            msg = f"the sample weights must be finite with a positive sum, got {self.count}"
-            raise ValueError(msg)
-
-    def n_to_keep(self, keep_graph: KeepGraph) -> int:
-        """How many batches' graphs are kept."""
-        if keep_graph is not True and keep_graph is not False:
-            budget = _backend.free_memory(self._parameters.like) // 2
-            for index, size in enumerate(self.sizes):
-                budget -= self.bytes_per_sample * size
-                if budget < 0:
-                    return index
-        return len(self.sizes) if keep_graph else 0
+@contextmanager
+def _replay(device: torch.device) -> Iterator[None]:
+    """Products that do not run the model leave no trace in it."""
+    with LOCK, torch.inference_mode(False), torch.autocast(device.type, enabled=False):
+        yield
 
 
 def check_count(count: float, objective: Objective) -> None:

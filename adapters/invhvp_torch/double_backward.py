@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -20,8 +20,8 @@ from .parameters import Parameters
 # costs (measured up to 16 columns: 2.7 x faster at 1.7e5, 1.3 x at 1.2e6, 0.7 x at 1.4e7
 # multiplications a layer pass). Batched convolutions lose everywhere, by up to 1.6 x.
 _CPU_WORK = 4_000_000
-_MIN_COLUMNS = 4
-_MAX_COLUMNS = 64
+MIN_COLUMNS = 4
+MAX_COLUMNS = 64
 
 
 class GradientGraph:
@@ -38,17 +38,19 @@ class GradientGraph:
         self, total: torch.Tensor, parameters: Parameters, n_samples: int, n_bytes: float
     ) -> None:
         self._tensors = parameters.tensors
-        self._sizes = [p.numel() for p in self._tensors]
-        self._split = parameters.split
+        self.sizes = [p.numel() for p in self._tensors]
+        self.split = parameters.split
+        self.n_bytes = n_bytes
         with explained():
             gradient = torch.autograd.grad(
                 total, self._tensors, create_graph=True, allow_unused=True
             )
         # What the loss is linear in has a constant gradient, and contributes nothing.
         active = [(i, g) for i, g in enumerate(gradient) if g is not None and g.requires_grad]
-        self._active = [i for i, _ in active]
+        self.active = [i for i, _ in active]
         self._gradient = [g for _, g in active]
-        names = {node.name() for node in nodes(*self._gradient)}
+        names = [node.name() for node in nodes(*self._gradient)]
+        self.n_nodes = len(names)
         if any("Error" in name for name in names):
             # torch would take what lies behind such a node for a constant, without a word.
             raise NotImplementedError(_message("a function marked once_differentiable"))
@@ -62,7 +64,7 @@ class GradientGraph:
             return
         k, start = rows.shape[0], 0
         while start < k:
-            stop = min(start + self._block, k) if k >= _MIN_COLUMNS else start + 1
+            stop = min(start + self._block, k) if k >= MIN_COLUMNS else start + 1
             try:
                 self._add(rows[start:stop, :], total[start:stop, :], free=free and stop == k)
             except (RuntimeError, NotImplementedError):
@@ -72,30 +74,43 @@ class GradientGraph:
                 continue
             start = stop
 
-    def _add(self, rows: torch.Tensor, total: torch.Tensor, *, free: bool) -> None:
-        batched = rows.shape[0] > 1
-        vectors = self._split(rows)
+    def products(
+        self, vectors: Sequence[torch.Tensor], *, free: bool = False, batched: bool = False
+    ) -> Sequence[torch.Tensor | None]:
+        """The products with one vector, given in parts of `active`; of rows where `batched`."""
         with explained(), quiet_vmap() if batched else nullcontext():
-            products = torch.autograd.grad(
+            return torch.autograd.grad(
                 self._gradient,
                 self._tensors,
-                [vectors[i] if batched else vectors[i][0] for i in self._active],
+                vectors,
                 retain_graph=not free or batched,
                 allow_unused=True,
                 is_grads_batched=batched,
             )
-        for part, product in zip(total.split(self._sizes, dim=1), products, strict=True):
-            if product is not None:
-                part += product.reshape(part.shape)  # a view of our own accumulator
+
+    def _add(self, rows: torch.Tensor, total: torch.Tensor, *, free: bool) -> None:
+        batched = rows.shape[0] > 1
+        parts = self.split(rows)
+        vectors = [parts[i] if batched else parts[i][0] for i in self.active]
+        accumulate(self.products(vectors, free=free, batched=batched), total, self.sizes)
 
     def _columns_at_once(self, total: torch.Tensor, n_samples: int, n_bytes: float) -> int:
         """A rule, not a measurement: the same call gives the same bits."""
-        if total.device.type == "cpu" and n_samples * sum(self._sizes) > _CPU_WORK:
+        if total.device.type == "cpu" and n_samples * sum(self.sizes) > _CPU_WORK:
             return 1
         if n_bytes <= 0:
-            return _MAX_COLUMNS
+            return MAX_COLUMNS
         budget = _backend.free_memory(total.detach()) / 4
-        return int(min(_MAX_COLUMNS, max(1.0, budget / n_bytes)))
+        return int(min(MAX_COLUMNS, max(1.0, budget / n_bytes)))
+
+
+def accumulate(
+    products: Sequence[torch.Tensor | None], total: torch.Tensor, sizes: Sequence[int]
+) -> None:
+    """Add products, in parts of the parameters, to `total` (k, n), an accumulator of ours."""
+    for part, product in zip(total.split(sizes, dim=1), products, strict=True):
+        if product is not None:
+            part += product.reshape(part.shape)
 
 
 def nodes(*roots: torch.Tensor) -> Iterator[Any]:

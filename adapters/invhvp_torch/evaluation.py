@@ -66,8 +66,17 @@ def seed(value: int, device: torch.device) -> None:
 
 
 def check_independent(model: torch.nn.Module, *, training: bool) -> None:
-    """Raise ValueError where batch normalisation would make one sample's loss depend on others."""
+    """Raise ValueError where a layer makes one sample's loss or gradient depend on others."""
     for name, module in model.named_modules():
+        if getattr(module, "scale_grad_by_freq", False) and any(
+            p.requires_grad for p in module.parameters(recurse=False)
+        ):
+            msg = (
+                f"{type(module).__name__} {name!r} divides gradients by how often a word is in "
+                "the batch (scale_grad_by_freq=True): these are no derivatives, and no sample "
+                "has its own; set scale_grad_by_freq=False"
+            )
+            raise ValueError(msg)
         if not isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
             continue
         if training or module.running_mean is None:

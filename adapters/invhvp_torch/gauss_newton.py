@@ -8,6 +8,7 @@ from invhvp.operators import LinearOperator
 
 from . import seeds
 from .data import Cache
+from .distributed import Distributed
 from .mean_curvature import Kind, build
 from .objective import BatchLoss, Loss, Reduction
 from .output_curvature import known_curvature, output_curvature
@@ -28,6 +29,7 @@ def gauss_newton(
     memory: float | None = None,
     batch_size: int | None = None,
     rng: int = 0,
+    distributed: Distributed = None,
     array_namespace: Any = None,
     transfer: bool = False,
 ) -> LinearOperator:
@@ -76,6 +78,7 @@ def gauss_newton(
         memory=memory,
         batch_size=batch_size,
         rng=rng,
+        distributed=distributed,
         array_namespace=array_namespace,
         transfer=transfer,
     )
@@ -96,6 +99,7 @@ def fisher(
     memory: float | None = None,
     batch_size: int | None = None,
     rng: int = 0,
+    distributed: Distributed = None,
     array_namespace: Any = None,
     transfer: bool = False,
 ) -> LinearOperator:
@@ -144,6 +148,7 @@ def fisher(
         memory=memory,
         batch_size=batch_size,
         rng=rng,
+        distributed=distributed,
         array_namespace=array_namespace,
         transfer=transfer,
     )
@@ -163,6 +168,7 @@ def empirical_fisher(
     memory: float | None = None,
     batch_size: int | None = None,
     rng: int = 0,
+    distributed: Distributed = None,
     array_namespace: Any = None,
     transfer: bool = False,
 ) -> LinearOperator:
@@ -199,6 +205,7 @@ def empirical_fisher(
         memory=memory,
         batch_size=batch_size,
         rng=rng,
+        distributed=distributed,
         array_namespace=array_namespace,
         transfer=transfer,
     )

@@ -7,10 +7,12 @@ from typing import Any
 import torch
 
 from invhvp.gradients import GradientMatrix
+from invhvp.operators.data_parallel import gathered
 
 from . import samples, seeds
 from .bridge import bridge_to
 from .data import as_batches, check_order
+from .distributed import Distributed, own_seed, processes_of, together
 from .evaluation import check_independent, evaluation
 from .objective import BatchLoss, Loss, Objective, Reduction
 from .parameters import Parameters, Selection
@@ -29,6 +31,7 @@ def per_sample_gradients(
     reduction: Reduction = "mean",
     batch_size: int | None = None,
     rng: int = 0,
+    distributed: Distributed = None,
     array_namespace: Any = None,
     transfer: bool = False,
 ) -> GradientMatrix:
@@ -40,6 +43,8 @@ def per_sample_gradients(
     get exact dense rows, which a note in the log names. With sample weights row i is w_i ∇ℓ_i.
     Arguments are those of `hessian`; the data are read once, and may also be given as
     (model, loss, x, y).
+
+    With `distributed=` each process gets the rows of all of them, in the order of their ranks.
 
     Raises ValueError for a shuffling loader and where the samples of a batch depend on each
     other (batch normalisation in training mode).
@@ -58,25 +63,30 @@ def per_sample_gradients(
     """
     if targets is not None:
         data = (data, targets)
-    check_order(data)
-    objective = Objective(model=model, loss=loss, batch_loss=batch_loss, reduction=reduction)
+    processes = processes_of(distributed)
     selected = Parameters(model, parameters)
     bridge = bridge_to(array_namespace, selected.like, transfer=transfer)
-    check_independent(model, training=training)
-    device = selected.like.device
-    found: list[dict[str, GradientMatrix]] = []
-    rows = Rows(objective, selected, seeds.of_losses, training=training, seed=rng)
-    sentinel = None
-    with evaluation(model, training=training, device=device):
-        batches = as_batches(data, batch_size, reiterable=False)
-        for index, given in enumerate(batches):
-            batch = samples.move(given, device)
-            if index == 0:
-                rows.probe(batch)
-            blocks, sentinel, _ = rows.of(batch, index, sentinel)
-            found.append(blocks)
-    if not found:
-        raise ValueError("the data have no batches")
-    rows.log()
-    G = join(found, selected.layout)
+    with together(processes, selected.like):
+        check_order(data)
+        objective = Objective(model=model, loss=loss, batch_loss=batch_loss, reduction=reduction)
+        check_independent(model, training=training)
+        device = selected.like.device
+        found: list[dict[str, GradientMatrix]] = []
+        seed = own_seed(rng, processes)
+        rows = Rows(objective, selected, seeds.of_losses, training=training, seed=seed)
+        sentinel = None
+        with evaluation(model, training=training, device=device):
+            batches = as_batches(data, batch_size, reiterable=False)
+            for index, given in enumerate(batches):
+                batch = samples.move(given, device)
+                if index == 0:
+                    rows.probe(batch)
+                blocks, sentinel, _ = rows.of(batch, index, sentinel)
+                found.append(blocks)
+        if not found:
+            raise ValueError("the data have no batches")
+        rows.log()
+        G: GradientMatrix = join(found, selected.layout)
+    if processes is not None:
+        G = gathered(G, processes)
     return G if bridge is None else bridge.gradients(G)

@@ -8,91 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from invhvp.gradients import (
-    DenseGradients,
-    GradientMatrix,
-    OuterProductGradients,
-    StackedGradients,
-)
+from .contributions import PIECE, Lookup, Outer, Part
 
-
-@dataclass(frozen=True)
-class Outer:
-    """Rows vec(Σ_t d_t a_tᵀ), by groups of channels; d and a may have N or N C rows each."""
-
-    d: torch.Tensor  # (·, T, groups · o)
-    a: torch.Tensor  # (·, T, groups · i)
-    groups: int = 1
-
-    def joined(self, other: Outer) -> Outer | None:
-        """The sum of both, as more terms; None where their shapes differ."""
-        same = self.groups == other.groups and all(
-            x.shape[0] == y.shape[0] and x.shape[2] == y.shape[2]
-            for x, y in ((self.d, other.d), (self.a, other.a))
-        )
-        if not same:
-            return None
-        d, a = torch.cat([self.d, other.d], 1), torch.cat([self.a, other.a], 1)
-        return Outer(d, a, self.groups)
-
-    @property
-    def is_small(self) -> bool:
-        """Whether the factors take less memory than the rows."""
-        T, o, i = self.d.shape[1], self.d.shape[2], self.a.shape[2]
-        return T * (o + i) <= o * i // self.groups
-
-    def rows(self) -> torch.Tensor:
-        """The rows themselves."""
-        n = math.gcd(self.d.shape[0], self.a.shape[0])
-        d, a = (
-            t.reshape(n, -1, t.shape[1], self.groups, t.shape[2] // self.groups).movedim(3, 2)
-            for t in (self.d, self.a)
-        )
-        rows = d.mT @ a  # (n, C, groups, o, i)
-        return rows.reshape(rows.shape[0] * rows.shape[1], -1)
-
-    def factored(self) -> GradientMatrix:
-        """The factors, one pair of them a group."""
-        most = max(self.d.shape[0], self.a.shape[0])
-        d, a = (
-            t if t.shape[0] == most else t.repeat_interleave(most // t.shape[0], 0)
-            for t in (self.d, self.a)
-        )
-        if self.groups == 1:
-            return OuterProductGradients(output_grads=d, inputs=a)
-        pairs = zip(d.chunk(self.groups, 2), a.chunk(self.groups, 2), strict=True)
-        blocks = [OuterProductGradients(output_grads=d, inputs=a) for d, a in pairs]
-        return StackedGradients({f"group {g}": block for g, block in enumerate(blocks)})
-
-
-_PIECE = 64 << 20  # bytes of an array that is formed only to be multiplied
-
-Part: TypeAlias = Outer | torch.Tensor
 Rule: TypeAlias = Callable[[Any, torch.Tensor, torch.Tensor], Mapping[str, Part]]
-
-
-def block(parts: list[Part]) -> GradientMatrix:
-    """The sum of what all calls add to one parameter, in its smaller form."""
-    total = parts[0]
-    for part in parts[1:]:
-        both = None
-        if isinstance(total, Outer) and isinstance(part, Outer):
-            both = total.joined(part)
-        total = _rows(total) + _rows(part) if both is None else both
-    if isinstance(total, Outer) and total.is_small:
-        return total.factored()
-    return DenseGradients(_rows(total))
-
-
-def _rows(part: Part) -> torch.Tensor:
-    return part.rows() if isinstance(part, Outer) else part
 
 
 def rule_of(module: nn.Module) -> Rule | None:
@@ -128,7 +52,7 @@ def _convolution(module: Any, x: torch.Tensor, d: torch.Tensor) -> Mapping[str, 
     groups = x.shape[1] // shape[1]
     d = d.flatten(2).mT
     N, T, patch = x.shape[0], d.shape[1], x.shape[1] * math.prod(shape[2:])
-    step = max(1, _PIECE // max(1, T * patch * x.element_size()))
+    step = max(1, PIECE // max(1, T * patch * x.element_size()))
     small = T * (shape[0] + patch) <= shape.numel()
     if small or step >= N:
         weight: Part = Outer(d, _patches(module, x, shape[2:]), groups)
@@ -160,25 +84,8 @@ def _patches(module: Any, x: torch.Tensor, kernel: torch.Size) -> torch.Tensor:
 
 def _embedding(module: nn.Embedding, x: torch.Tensor, d: torch.Tensor) -> Mapping[str, Part]:
     words, size = module.weight.shape
-    x, d = x.reshape(x.shape[0], -1), d.reshape(d.shape[0], -1, size)
-    N, T = x.shape
-    step = max(1, _PIECE // max(1, T * words * d.element_size()))
-    if T * (words + size) <= words * size or step >= N:
-        return {"weight": Outer(_chosen(module, x, d), d)}
-    each = d.shape[0] // N
-    rows = [
-        Outer(_chosen(module, x[i : i + step], d), d[i * each : (i + step) * each]).rows()
-        for i in range(0, N, step)
-    ]
-    return {"weight": torch.cat(rows)}
-
-
-def _chosen(module: nn.Embedding, x: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
-    """One-hot rows (N, T, words): a product with them is deterministic, a scatter is not."""
-    chosen = F.one_hot(x, module.weight.shape[0]).to(d.dtype)
-    if module.padding_idx is not None:
-        chosen[..., module.padding_idx] = 0.0  # our own
-    return chosen
+    d = d.reshape(d.shape[0], -1, size)
+    return {"weight": Lookup(d, x.reshape(x.shape[0], -1).long(), words, module.padding_idx)}
 
 
 def _scale_and_shift(x: torch.Tensor, d: torch.Tensor, axes: tuple[int, ...]) -> Mapping[str, Part]:

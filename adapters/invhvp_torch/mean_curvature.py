@@ -14,9 +14,10 @@ from invhvp import _backend
 from invhvp.gradients import GradientMatrix, StackedGradients, StreamedGradients
 from invhvp.operators import LinearOperator, RankOneMean
 
-from .bridge import TorchDoor, bridge_to
+from .bridge import Bridge, TorchDoor, bridge_to
 from .curvature import check_count
 from .data import Cached, Streamed, read
+from .distributed import Distributed, across, own_seed, processes_of, together
 from .evaluation import check_independent, evaluation, seed
 from .objective import Forward, Objective
 from .output_curvature import NotConvexError, OutputCurvature
@@ -63,60 +64,77 @@ def build(
     memory: float | None,
     batch_size: int | None,
     rng: int,
+    distributed: Distributed,
     array_namespace: Any,
     transfer: bool,
 ) -> LinearOperator:
     """Read the data once, decide where the rows live, and make the operator."""
-    observed = kind.outputs is not None and batch_loss is not None
-    objective = Objective(
-        model=model, loss=loss, batch_loss=batch_loss, reduction=reduction, observed=observed
-    )
+    processes = processes_of(distributed)
     selected = Parameters(model, parameters)
     bridge = bridge_to(array_namespace, selected.like, transfer=transfer)
-    check_independent(model, training=training)
-    if count is not None:
-        check_count(count, objective)
-    budget = _budget(memory, selected)
-    pass_ = Pass(objective, selected, kind.source, training=training, rng=rng)
-    with evaluation(model, training=training, device=selected.like.device):
-        batches = read(data, selected.like.device, cache=cache, batch_size=batch_size)
-        where, definite = pass_.plan(batches, kind, budget)
-        try:
-            found = pass_.read(batches, keep=where == "cached", convex=where != THROUGH)
-        except NotConvexError:
-            where, definite = THROUGH, False
-            found = pass_.read(batches, keep=False, convex=False)
-    total = pass_.weight if count is None else float(count)
-    if not (math.isfinite(total) and total > 0):
-        msg = f"the sample weights must be finite with a positive sum, got {total}"
-        raise ValueError(msg)
-    said = f"{pass_.n} sample{'s' * (pass_.n != 1)}"
-    if where == THROUGH:
-        A = ThroughModel(
-            kind.name,
-            objective=objective,
-            parameters=selected,
-            batches=batches,
-            source=kind.source,
-            outputs=kind.outputs,
-            count=total,
-            training=training,
-            rng=rng,
-            psd=definite,
-            said=f"{said}, {where}",
+    rng = own_seed(rng, processes)
+    with together(processes, selected.like):
+        observed = kind.outputs is not None and batch_loss is not None
+        objective = Objective(
+            model=model, loss=loss, batch_loss=batch_loss, reduction=reduction, observed=observed
         )
-        return A if bridge is None else bridge.operator(A)
+        check_independent(model, training=training)
+        if count is not None:
+            check_count(count, objective)
+        budget = _budget(memory, selected)
+        pass_ = Pass(objective, selected, kind.source, training=training, rng=rng)
+        with evaluation(model, training=training, device=selected.like.device):
+            batches = read(data, selected.like.device, cache=cache, batch_size=batch_size)
+            where, definite = pass_.plan(batches, kind, budget)
+            try:
+                found = pass_.read(batches, keep=where == "cached", convex=where != THROUGH)
+            except NotConvexError:
+                where, definite = THROUGH, False
+                found = pass_.read(batches, keep=False, convex=False)
+        total = pass_.weight if count is None else float(count)
+        if not (math.isfinite(total) and total > 0):
+            msg = f"the sample weights must be finite with a positive sum, got {total}"
+            raise ValueError(msg)
+        said = f"{pass_.n} sample{'s' * (pass_.n != 1)}"
+        if where == THROUGH:
+            A: LinearOperator = ThroughModel(
+                kind.name,
+                objective=objective,
+                parameters=selected,
+                batches=batches,
+                source=kind.source,
+                outputs=kind.outputs,
+                count=total,
+                training=training,
+                rng=rng,
+                psd=definite,
+                said=f"{said}, {where}",
+            )
+            A = A if bridge is None else bridge.operator(A)
+        else:
+            G = _matrix(found, pass_, batches, where, bridge)
+            said += f", {G.shape[0]} rows "
+            said += f"cached in {_size(G.nbytes)}" if where == "cached" else "streamed"
+            said += "" if where == "cached" else f" from {len(batches)} batches"
+            A = MeanCurvature(kind.name, G, count=total, said=said)
+    return across(A, processes, share=total, count=count)
+
+
+def _matrix(
+    found: list[dict[str, GradientMatrix]],
+    pass_: Pass,
+    batches: Cached | Streamed,
+    where: str,
+    bridge: Bridge | None,
+) -> GradientMatrix:
+    """The rows, kept or computed again at every product."""
+    layout = pass_.layout
     if where == "cached":
-        G: GradientMatrix = join(found, selected.layout)
-        G = G if bridge is None else bridge.gradients(G)
-        said += f", {G.shape[0]} rows cached in {_size(G.nbytes)}"
-    else:
-        n_rows, layout = pass_.n_rows, selected.layout
-        convert = None if bridge is None else bridge.gradients
-        rows = partial(pass_.stream, batches)
-        G = StreamedGradients(rows, n_rows, convert=convert, layout=layout)
-        said += f", {n_rows} rows streamed from {len(batches)} batches"
-    return MeanCurvature(kind.name, G, count=total, said=said)
+        G: GradientMatrix = join(found, layout)
+        return G if bridge is None else bridge.gradients(G)
+    convert = None if bridge is None else bridge.gradients
+    rows = partial(pass_.stream, batches)
+    return StreamedGradients(rows, pass_.n_rows, convert=convert, layout=layout)
 
 
 class MeanCurvature(RankOneMean, TorchDoor):
@@ -156,6 +174,7 @@ class Pass:
     ) -> None:
         self._objective = objective
         self._parameters = parameters
+        self.layout = parameters.layout
         self._rows = Rows(objective, parameters, source, training=training, seed=rng)
         self._training = training
         self._rng = rng

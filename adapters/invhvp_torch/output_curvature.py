@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -43,6 +44,12 @@ class OutputCurvature:
         """Rows (N, count, m) at labels drawn from the model, whose sum of squares has mean H_i."""
         raise NotImplementedError
 
+    def signed(self, count: int, noise: Noise) -> torch.Tensor:
+        """Rows (N, count, m): the columns of the root with random signs, summed; mean H_i too."""
+        root = self.root()
+        signs = _signs(noise, (root.shape[0], count, self.rank), root)
+        return signs @ root / math.sqrt(count)
+
 
 class Softmax(OutputCurvature):
     """s (diag(p) − p pᵀ) at each of P places; p is (N, C, P), s is (N, P)."""
@@ -72,6 +79,12 @@ class Softmax(OutputCurvature):
         scale = (self._s / count).sqrt()[:, None, None, :]
         return (scale * (p[:, None, :, :] - chosen)).flatten(2)
 
+    def signed(self, count: int, noise: Noise) -> torch.Tensor:
+        p, (N, C, P) = self._p[:, None, :, :], self._p.shape
+        signed = p.sqrt() * _signs(noise, (N, count, C, P), p)
+        scale = (self._s / count).sqrt()[:, None, None, :]
+        return (scale * (signed - p * signed.sum(2, keepdim=True))).flatten(2)
+
 
 class Diagonal(OutputCurvature):
     """diag(h) with h (N, m); `p` (N, m) where the outputs are logits of independent events."""
@@ -96,6 +109,10 @@ class Diagonal(OutputCurvature):
         spread = (p * (1 - p)).sqrt()
         drawn = (p - (noise("uniform", shape) < p).to(p.dtype)) / spread.clamp(min=1e-30)
         return torch.where(spread > 0, scale * drawn, torch.zeros_like(drawn))
+
+    def signed(self, count: int, noise: Noise) -> torch.Tensor:
+        shape = (self._h.shape[0], count, self._h.shape[1])
+        return (self._h / count).sqrt()[:, None, :] * _signs(noise, shape, self._h)
 
 
 class General(OutputCurvature):
@@ -230,6 +247,10 @@ _MODULES: Mapping[Any, tuple[Any, tuple[str, ...]]] = {
     nn.MSELoss: (F.mse_loss, ()),
     nn.BCEWithLogitsLoss: (F.binary_cross_entropy_with_logits, ("weight", "pos_weight")),
 }
+
+
+def _signs(noise: Noise, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+    return torch.where(noise("uniform", shape) < 0.5, -1.0, 1.0).to(like.dtype)
 
 
 def _leaf(t: torch.Tensor, leaves: list[torch.Tensor]) -> torch.Tensor:

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
+from invhvp import _backend
 from invhvp.gradients import DenseGradients, GradientMatrix, StackedGradients, concatenate
 from invhvp.layout import Layout
 
 from . import samples
-from .capture import Calls
+from .capture import Calls, Take
 from .evaluation import seed
 from .objective import Forward, Objective, close, is_separable
 from .parameters import Parameters
@@ -75,7 +76,10 @@ class Rows:
         for group in _groups({name: sizes[name].size for name in names}):
             right = graph_rows(values[:, 0], self._parameters, group, chosen)
             for name in group:
-                if name in found and close(found[name].to_dense()[chosen, :], right[name]):
+                unit = calls.rounded.get(name, 0.0) / _backend.eps(right[name].dtype)
+                slack = max(1.0, unit) ** (3 / 4)
+                mine = found[name].to_dense()[chosen, :] if name in found else None
+                if mine is not None and close(mine, right[name], slack=slack):
                     self._factored.add(name)
                 else:
                     truth[name] = right[name]
@@ -101,19 +105,37 @@ class Rows:
         slopes = torch.linspace(1, 2, flat.numel(), dtype=flat.dtype, device=flat.device)
         return Seeds(slopes.reshape(flat.shape)[:, None, :])
 
+    @property
+    def factored(self) -> frozenset[str]:
+        """The parameters whose layers have a rule that proved right."""
+        return frozenset(self._factored)
+
     def of(
-        self, batch: Any, index: int, sentinel: Any, *, check: bool = True
+        self,
+        batch: Any,
+        index: int,
+        sentinel: Any,
+        *,
+        check: bool = True,
+        take: Take | None = None,
     ) -> tuple[dict[str, GradientMatrix], Any, Forward]:
-        """The blocks of all parameters, the sentinel of the next check, the forward pass."""
+        """The blocks of all parameters, the sentinel of the next check, the forward pass.
+
+        What `take` takes is not among the blocks.
+        """
         with Calls(self._objective.model, self._parameters) as calls:
             forward = self._forward(batch, index)
         if check:
             sentinel = forward.check(sentinel)
         seeds = self._source(forward, index)
         values = seeds.values(forward)
-        keep = len(self._factored) < len(self._parameters.names)
-        blocks = calls.blocks(values, self._factored, keep=keep) if self._factored else {}
+        taken = frozenset() if take is None else take.names | take.skipped
+        keep = len(self._factored | taken) < len(self._parameters.names)
+        blocks = {}
+        if self._factored:
+            blocks = calls.blocks(values, self._factored, keep=keep, take=take)
         rest = [name for name in self._parameters.names if name not in blocks]
+        rest = [name for name in rest if name not in taken]
         # A vmapped loss is that of the objective; a rescaled one goes through the graph.
         quick = [name for name in rest if name in self._vmapped and seeds.scale is None]
         if quick:
@@ -195,7 +217,8 @@ def join(batches: list[dict[str, GradientMatrix]], layout: Layout) -> StackedGra
 
 
 def _join(parts: list[GradientMatrix]) -> GradientMatrix:
-    kinds = {(type(part), part.block_shape) for part in parts}
+    # Which slices of a weight came together is also part of the structure.
+    kinds = {(type(part), part.block_shape, *getattr(part, "blocks", ())) for part in parts}
     if len(kinds) > 1:
         parts = [DenseGradients(part.to_dense()) for part in parts]
     return concatenate(parts)

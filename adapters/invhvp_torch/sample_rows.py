@@ -29,9 +29,14 @@ def graph_rows(
     ]
     columns = zip(*rows, strict=True)
     return {
-        name: torch.stack([g.reshape(-1) for g in column])
+        name: torch.stack([_dense(g).reshape(-1) for g in column])
         for name, column in zip(names, columns, strict=True)
     }
+
+
+def _dense(g: torch.Tensor) -> torch.Tensor:
+    """A gradient that `nn.Embedding(sparse=True)` keeps by words, as it stands in the vector."""
+    return g.to_dense() if g.is_sparse else g
 
 
 def vmap_rows(

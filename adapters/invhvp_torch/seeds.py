@@ -9,7 +9,7 @@ from typing import TypeAlias
 import torch
 
 from .objective import Forward
-from .output_curvature import known_curvature, output_curvature
+from .output_curvature import Noise, known_curvature, output_curvature
 
 
 @dataclass(frozen=True)
@@ -79,12 +79,44 @@ class OfSampledFisher:
     rng: int
 
     def __call__(self, forward: Forward, index: int) -> Seeds:
-        like = forward.leaves()[0]
-        # Drawn on the host, so that a seed means the same on every device.
-        generator = torch.Generator().manual_seed(self.rng * 1_000_003 + index)
+        return Seeds(known_curvature(forward).sampled(self.count, _noise(forward, self.rng, index)))
 
-        def noise(kind: str, shape: tuple[int, ...]) -> torch.Tensor:
-            draw = torch.randn if kind == "normal" else torch.rand
-            return draw(shape, generator=generator, dtype=like.dtype).to(like.device)
 
-        return Seeds(known_curvature(forward).sampled(self.count, noise))
+@dataclass(frozen=True)
+class OfSigns:
+    """The columns of the root with random signs, summed: one scalar a sample, unbiased."""
+
+    count: int
+    rng: int
+
+    def __call__(self, forward: Forward, index: int) -> Seeds:
+        return Seeds(output_curvature(forward).signed(self.count, _noise(forward, self.rng, index)))
+
+
+def _noise(forward: Forward, rng: int, index: int) -> Noise:
+    like = forward.leaves()[0]
+    # Drawn on the host, so that a seed means the same on every device.
+    generator = torch.Generator().manual_seed(rng * 1_000_003 + index)
+
+    def noise(kind: str, shape: tuple[int, ...]) -> torch.Tensor:
+        draw = torch.randn if kind == "normal" else torch.rand
+        return draw(shape, generator=generator, dtype=like.dtype).to(like.device)
+
+    return noise
+
+
+def of_kind(fisher: str, count: int, rng: int) -> Source:
+    """Of the Fisher matrix of a kind: "exact", "mc", "sign" or "empirical"."""
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        msg = f"samples must be an integer of at least 1, got {count!r}"
+        raise ValueError(msg)
+    sources = {
+        "exact": of_gauss_newton,
+        "mc": OfSampledFisher(count, rng),
+        "sign": OfSigns(count, rng),
+        "empirical": of_empirical_fisher,
+    }
+    if fisher not in sources:
+        msg = f"fisher= takes one of {', '.join(map(repr, sources))}, got {fisher!r}"
+        raise ValueError(msg)
+    return sources[fisher]

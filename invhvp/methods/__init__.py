@@ -6,6 +6,7 @@ from ._json import method_from_dict as method_from_dict
 from ._json import method_to_dict as method_to_dict
 from .arnoldi import Arnoldi as Arnoldi
 from .block_cg import BlockCG as BlockCG
+from .blockwise import Blockwise as Blockwise
 from .cg import CG as CG
 from .direct import Direct as Direct
 from .harmonic_mean import InverseHarmonicMean as InverseHarmonicMean

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from .. import _backend, _linalg
-from ..protocols import Array
+from ..protocols import Array, Reduce
 from ..solution import Solution, Status
 from ._inverse import check_finite_columns, codes_for, column_look
 
@@ -34,19 +34,19 @@ class Columns:
         return take_columns(B, self.work)
 
 
-def distinct(B: Array, *, merge: bool) -> Columns:
+def distinct(B: Array, *, merge: bool, reduce: Reduce | None = None) -> Columns:
     """Look at B once: refuse NaN, set zero columns aside, merge exact multiples.
 
     Raises ValueError naming columns with NaN or Inf. Cost: one Gram matrix of B.
     """
     k = B.shape[1]
-    norms = _linalg.column_norms(B)
+    norms = _linalg.column_norms(B, reduce=reduce)
     merge = merge and 1 < k <= _MERGE_UP_TO
     if merge:
         xp = _backend.namespace(norms)
         usable = (norms > 0) & xp.isfinite(norms)
         unit = _linalg.scale_columns(B, 1 / xp.where(usable, norms, xp.ones_like(norms)))
-        host = column_look(norms, *_rows(_linalg.gram(unit)))
+        host = column_look(norms, *_rows(_linalg.gram(unit, reduce=reduce)))
         norms, cosines = host[0], np.stack(host[1:])
     else:
         (norms,) = column_look(norms)
@@ -54,7 +54,7 @@ def distinct(B: Array, *, merge: bool) -> Columns:
     check_finite_columns(norms)
     first, sign = np.arange(k), np.ones(k)
     if merge:
-        first, sign = _copies(unit, cosines, norms)
+        first, sign = _copies(unit, cosines, norms, reduce)
     work = np.asarray([j for j in range(k) if norms[j] > 0 and first[j] == j], dtype=int)
     place = {int(j): i for i, j in enumerate(work)}
     source = np.asarray([place.get(int(first[j]), 0) for j in range(k)], dtype=int)
@@ -68,7 +68,9 @@ def _rows(M: Array) -> list[Array]:
     return [M[i, :] for i in range(M.shape[0])]
 
 
-def _copies(unit: Array, cosines: np.ndarray, norms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _copies(
+    unit: Array, cosines: np.ndarray, norms: np.ndarray, reduce: Reduce | None
+) -> tuple[np.ndarray, np.ndarray]:
     """For each column the first one that it is a multiple of, and the sign."""
     k = len(norms)
     first, sign = np.arange(k), np.ones(k)
@@ -79,7 +81,9 @@ def _copies(unit: Array, cosines: np.ndarray, norms: np.ndarray) -> tuple[np.nda
     signs = np.sign([cosines[i, j] for i, j in pairs])
     left = take_columns(unit, np.asarray([i for i, _ in pairs]))
     right = take_columns(unit, np.asarray([j for _, j in pairs]))
-    (gaps,) = column_look(_linalg.column_norms(left - _linalg.scale_columns(right, signs)))
+    (gaps,) = column_look(
+        _linalg.column_norms(left - _linalg.scale_columns(right, signs), reduce=reduce)
+    )
     for (i, j), s, gap in zip(pairs, signs, gaps, strict=True):
         # The scaling itself rounds each entry once: nothing looser counts as a copy.
         if gap <= 2 * _backend.eps(unit.dtype) and first[j] == j:

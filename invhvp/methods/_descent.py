@@ -11,6 +11,7 @@ import numpy as np
 from .. import _backend, _linalg
 from .._random import generator
 from ..operators.damping import shifted
+from ..operators.data_parallel import agreed
 from ..protocols import Array
 from ..solution import Curvature, Record, Solution, Status
 from ._averages import TailAverage
@@ -66,8 +67,10 @@ class Descent:
         k, inverse = len(self.open), self.inverse
         steps = min(inverse.check_every(), self.limit - self.iterations)
         most, seconds = self.method.max_products, self.method.max_seconds
-        if seconds is not None and time.perf_counter() - self.started > seconds:
-            return 0
+        if seconds is not None:
+            left = seconds - (time.perf_counter() - self.started)
+            if agreed(inverse.operator, left) < 0:
+                return 0
         if most is not None:
             left = most - self.tally().columns
             if inverse.stochastic:  # the look at the end is part of the budget

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from .. import _backend, _linalg
+from .. import _backend, _linalg, _tracing
 from ..operators import LinearOperator, as_operator
 from ..operators.damping import by_block, smallest
+from ..operators.data_parallel import agreed
 from ..protocols import Array, Damping
 from ..solution import Curvature, Record, Solution, Status
+from . import _traced
 from ._columns import distinct, expand
 from ._cycles import Block
 from ._definite import definite_damping
@@ -58,8 +59,15 @@ class KrylovInverse(PreparedInverse):
         self.least = smallest(self.shift)
         # λ by block in the precision of the residuals: a rounded λ is another system.
         self.outer_shift = self.shift
-        if by_block(self.shift) and self.outer is not A and A.layout is not None:
-            self.outer_shift = _backend.from_host(A.layout.shifts(damping), self.outer.like)
+        if _backend.is_array(self.shift) and self.outer is not A:
+            if (
+                by_block(self.shift)
+                and A.layout is not None
+                and not _backend.is_tracing(self.shift)
+            ):
+                self.outer_shift = _backend.from_host(A.layout.shifts(damping), self.outer.like)
+            else:
+                self.outer_shift = _backend.cast(self.shift, self.outer.like)
         if method.etol is not None and not (self.outer.psd and self.least > 0):
             msg = (
                 "etol needs an error bound: a positive semidefinite operator (psd=True) and "
@@ -80,10 +88,12 @@ class KrylovInverse(PreparedInverse):
         if B.shape[1] == 0:
             empty = np.zeros((0,))
             return run.finish(B, empty, empty, empty, codes_for([]))
-        if _backend.is_tracing(B) or self.method.check_every is None:
+        if _tracing.staged(B, self.shift, self.operator.like):
+            return _traced.solve(run, B, x0)
+        if self.method.check_every is None:
             return run.unwatched(B, x0)
         self._recycle(run)
-        columns = distinct(B, merge=x0 is None)
+        columns = distinct(B, merge=x0 is None, reduce=self.method.reduce)
         B_work = columns.take(B)
         parts = []
         width = self.width(B_work.shape[1])
@@ -114,7 +124,8 @@ class KrylovInverse(PreparedInverse):
 
     def width(self, k: int) -> int:
         """How many of k columns are iterated together."""
-        return max(1, self.method._width(max(1, k), self.shape[0], self.like))
+        width = max(1, self.method._width(max(1, k), self.shape[0], self.like))
+        return int(agreed(self.operator, width, self.method.reduce))
 
     def radau_mu(self) -> float | None:
         """A legal lower bound on the spectrum of M⁻¹(A + λI), for Gauss–Radau."""
@@ -156,9 +167,12 @@ class Run:
         # The true residual at the end is part of the promise and of the budget.
         if most is not None and self.columns_spent + 2 * next_columns > most:
             return True
-        return seconds is not None and time.perf_counter() - self.started > seconds
+        if seconds is None:
+            return False
+        left = seconds - (time.perf_counter() - self.started)
+        return agreed(self.inverse.operator, left, self.method.reduce) < 0
 
-    def kernel(self, *, guarded: bool) -> Kernel:
+    def kernel(self, *, guarded: bool, traced: bool = False) -> Kernel:
         inverse, M = self.inverse, self.inverse.preconditioner
         return self.method._kernel(
             product=self.products,
@@ -166,6 +180,7 @@ class Run:
             mu=inverse.radau_mu(),
             reduce=self.method.reduce,
             guarded=guarded,
+            traced=traced,
         )
 
     def norms(self, X: Array) -> Array:
@@ -214,19 +229,15 @@ class Run:
             b_norms * self.method.rtol,
             self.method.atol * xp.ones_like(d),
         )
-        bounds = xp.full_like(norms, math.inf)
-        if _backend.is_tracing(B):
-            codes = _verdicts(xp, norms, b_norms, tolerance)
-        else:
-            norms, b_norms, tolerance, x_norms, sizes = column_look(
-                norms, b_norms, tolerance, self.norms(X), size + xp.zeros_like(norms)
-            )
-            check_finite_columns(b_norms)
-            codes = _verdicts(np, norms, b_norms, tolerance)
-            # Nobody measured ‖A + λI‖ here: twice the largest that the iteration has met.
-            known = 2 * sizes if self.inverse.preconditioner is None else np.inf
-            floors = 4 * _backend.eps(B.dtype) * np.maximum(b_norms, x_norms * known)
-            bounds = residual_error_bounds(self.inverse.outer, self.inverse.shift, norms, floors)
+        norms, b_norms, tolerance, x_norms, sizes = column_look(
+            norms, b_norms, tolerance, self.norms(X), size + xp.zeros_like(norms)
+        )
+        check_finite_columns(b_norms)
+        codes = _verdicts(norms, b_norms, tolerance)
+        # Nobody measured ‖A + λI‖ here: twice the largest that the iteration has met.
+        known = 2 * sizes if self.inverse.preconditioner is None else np.inf
+        floors = 4 * _backend.eps(B.dtype) * np.maximum(b_norms, x_norms * known)
+        bounds = residual_error_bounds(self.inverse.outer, self.inverse.shift, norms, floors)
         return self.finish(X, norms, b_norms, bounds, codes)
 
     def finish(self, X: Array, norms: Any, b_norms: Any, bounds: Any, codes: Any) -> Solution:
@@ -251,8 +262,8 @@ class Run:
         )
 
 
-def _verdicts(xp: Any, norms: Any, b_norms: Any, tolerance: Any) -> Any:
+def _verdicts(norms: np.ndarray, b_norms: np.ndarray, tolerance: np.ndarray) -> np.ndarray:
     """Status codes of an unwatched run, by values alone."""
-    codes = xp.where(norms <= tolerance, Status.CONVERGED.code, Status.MAXITER.code)
-    codes = xp.where(xp.isfinite(norms), codes, Status.NONFINITE.code)
-    return xp.where(b_norms == 0, Status.ZERO.code, codes)
+    codes = np.where(norms <= tolerance, Status.CONVERGED.code, Status.MAXITER.code)
+    codes = np.where(np.isfinite(norms), codes, Status.NONFINITE.code)
+    return np.where(b_norms == 0, Status.ZERO.code, codes)

@@ -8,12 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from .. import _backend, _linalg
+from .. import _backend, _linalg, _tracing
 from ..estimate.norm import operator_norm
-from ..operators import LinearOperator
+from ..gradients import GradientMatrix
+from ..operators import LinearOperator, Truncation
 from ..operators.damping import as_shift, smallest
 from ..protocols import Array, Damping
 from ..solution import Solution, Status
+from ._implicit import records_gradients
 from ._inverse import (
     PreparedInverse,
     Products,
@@ -25,20 +27,23 @@ from ._inverse import (
     true_residual,
 )
 
-_MORE_REFINEMENTS = 4  # beyond the first, where the tolerance is missed and they still help
+_MOST_REFINEMENTS = 5  # where the tolerance or what rounding allows is missed and they help
 
 
 class MapInverse(PreparedInverse):
     """A fixed map `inverse_map` ≈ (A + λI)⁻¹; `@` applies it, `solve` also measures it.
 
-    An exact map is refined with the residual it leaves (once, and again while that helps a
-    column that misses the tolerance) and judged by the stopping rule of
-    its method; an approximate one is reported as APPROXIMATE, with its true residual.
+    An exact map is refined with the residual it leaves, while that helps a column that misses the
+    tolerance or what rounding allows, and judged by the stopping rule of its method; an
+    approximate one is reported as APPROXIMATE, with its true residual.
 
     Attributes:
         relative_floor: μ with A + λI ⪰ μ·M for the preconditioner M that this map inverts, or
             None; it makes the Gauss–Radau bound of preconditioned CG legal.
+        known: the operator whose own inverse the map is (A, or its matrix), or None.
     """
+
+    known: LinearOperator | None = None
 
     def __init__(
         self,
@@ -63,46 +68,73 @@ class MapInverse(PreparedInverse):
         self.least = smallest(self.shift)
         self._norm: float | None = None
 
+    @property
+    def truncation(self) -> Truncation | None:
+        """What a pseudo-inverse keeps; None where nothing is left out."""
+        return getattr(self.map, "truncation", None)
+
     def _matmat(self, X: Array, /) -> Array:
+        if records_gradients(self, X, of_map=True):  # which is a fixed one only in its value
+            return super()._matmat(X)
         return self.map._matmat(X)
 
+    def _structure(self, B: Any) -> dict[str, Any]:
+        keeps = isinstance(B, GradientMatrix) and hasattr(self.map, "of_gradients")
+        return {"rows": B} if keeps else {}
+
     def _solve(
-        self, B: Array, *, x0: Array | None = None, callback: Any = None, progress: bool = False
+        self,
+        B: Array,
+        *,
+        x0: Array | None = None,
+        callback: Any = None,
+        progress: bool = False,
+        rows: GradientMatrix | None = None,
     ) -> Solution:
         started = time.perf_counter()
         products = Products(self.operator, self.shift)
-        X = self.map._matmat(B) if x0 is None else x0 + self.map._matmat(B - products(x0))
+        X = self._first(products, B, x0, rows)
         R, norms = true_residual(products, B, X)
-        if self.exact:
-            X, R, norms = self._refine(products, B, X, R, norms)
-        b_norms = _linalg.column_norms(B)
-        if _backend.is_tracing(B):
+        b_norms = _linalg.column_norms(B) if rows is None else _backend.to_small(rows.row_norms())
+        if _tracing.staged(B, self.shift, self.operator.like):
+            if self.exact:
+                X, R, norms = self._refine(products, B, X, R, norms)
             xp = _backend.namespace(norms)
             codes = xp.full_like(norms, float(Status.APPROXIMATE.code))
             bounds = xp.full_like(norms, float("inf"))
             return self._packed(X, codes, norms, b_norms, bounds, started, products)
-        host_norms, host_b = column_look(norms, b_norms)
+        host_norms, host_b, x_norms = column_look(norms, b_norms, _linalg.column_norms(X))
         check_finite_columns(host_b)
         goals = self._goals(host_b)
-        for _ in range(_MORE_REFINEMENTS if self.exact else 0):
-            if not np.any(host_norms > goals):
-                break
-            before = host_norms
-            X, R, norms = self._refine(products, B, X, R, norms)
-            (host_norms,) = column_look(norms)
-            if not np.any((host_norms > goals) & (host_norms <= 0.5 * before)):
-                break
-        (x_norms,) = column_look(_linalg.column_norms(X))
         # Rounding of the residual itself: it is of the size of b and of the products behind it.
         known = self.operator.psd and self.least > 0
         missed = self.exact and np.any(host_norms > goals)
         size = self._size(products) if known or missed else 0.0
         floors = 4 * _backend.eps(B.dtype) * np.maximum(host_b, size * x_norms)
+        for _ in range(_MOST_REFINEMENTS if self.exact else 0):
+            # Two passes over A each: none where the tolerance is met to what rounding allows.
+            missing = (host_norms > goals) | (host_norms > floors)
+            if not np.any(missing):
+                break
+            before = host_norms
+            X, R, norms = self._refine(products, B, X, R, norms)
+            (host_norms,) = column_look(norms)
+            if not np.any(missing & (host_norms <= 0.5 * before)):
+                break
         statuses = [
             self._status(*column) for column in zip(host_norms, host_b, goals, floors, strict=True)
         ]
         bounds = residual_error_bounds(self.operator, self.shift, host_norms, floors)
         return self._packed(X, codes_for(statuses), host_norms, host_b, bounds, started, products)
+
+    def _first(
+        self, products: Products, B: Array, x0: Array | None, rows: GradientMatrix | None
+    ) -> Array:
+        if x0 is not None:
+            return x0 + self.map._matmat(B - products(x0))
+        if rows is not None:
+            return self.map.of_gradients(rows, B)  # pyright: ignore[reportAttributeAccessIssue]
+        return self.map._matmat(B)
 
     def _refine(
         self, products: Products, B: Array, X: Array, R: Array, norms: Array
@@ -171,15 +203,23 @@ class MapInverse(PreparedInverse):
         return self.map.power(-exponent)  # pyright: ignore[reportAttributeAccessIssue]
 
     def with_damping(self, damping: Damping, /) -> PreparedInverse:
-        """The inverse at another λ; a sample-space Gram matrix is kept."""
+        """The inverse at another λ; a dense matrix or a sample-space Gram matrix is kept."""
+        if self.known is not None and not hasattr(self.map, "with_shift"):
+            return self.method._invert(self.operator, damping, self.known)
         rebuild = getattr(self.map, "with_shift", None)
         if rebuild is None or isinstance(damping, Mapping):
             return super().with_damping(damping)
         shift = as_shift(damping, self.operator)
         return MapInverse(self.method, self.operator, damping, rebuild(shift), exact=self.exact)
 
+    def __repr__(self) -> str:
+        left_out = "" if self.truncation is None else f": {self.truncation}"
+        return super().__repr__() + left_out
+
     def _size(self, products: Products) -> float:
-        """A lower bound on ‖A + λI‖, measured by the first solve that needs it."""
+        """‖A + λI‖ about: what the map knows of it, or measured by the first solve in need."""
         if self._norm is None:
-            self._norm = operator_norm(products, self.operator.like, self.shape[0])
+            known = getattr(self.map, "damped_norm", None)
+            like, n = self.operator.like, self.shape[0]
+            self._norm = operator_norm(products, like, n) if known is None else float(known())
         return self._norm

@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from .. import _backend, _linalg
+from .. import _backend, _linalg, _tracing
 from ..gradients import GradientMatrix
 from ..operators import LinearOperator, as_operator
 from ..operators.damping import as_shift, shifted, smallest
 from ..protocols import Array, Damping
 from ..solution import ConvergenceWarning, Curvature, Record, Solution, Status
+from ._implicit import records_gradients, with_gradients
 
 
 class PreparedInverse(LinearOperator):
@@ -51,6 +52,14 @@ class PreparedInverse(LinearOperator):
     ) -> Solution:
         raise NotImplementedError
 
+    def _answer(self, B: Array, **options: Any) -> Solution:
+        """`_solve`; where PyTorch records gradients, with those of the exact solution."""
+        if not records_gradients(self, B):
+            return self._solve(B, **options)
+        with _tracing.without_record(B):
+            solution = self._solve(B, **options)
+        return with_gradients(self, B, solution)
+
     def solve(
         self,
         B: Array | GradientMatrix,
@@ -79,13 +88,19 @@ class PreparedInverse(LinearOperator):
             if start.shape != columns.shape:
                 msg = f"x0 must have the shape of B, {tuple(columns.shape)}, got {tuple(x0.shape)}"
                 raise ValueError(msg)
+        options = {"x0": start, "callback": callback, "progress": progress}
         with _backend.quiet():
-            solution = self._solve(columns, x0=start, callback=callback, progress=progress)
-        if not _backend.is_tracing(columns):
+            solution = self._answer(columns, **options, **self._structure(B))
+        if not _backend.is_tracing(solution.x):
             message = solution.describe()
             if message is not None:
                 warnings.warn(message, ConvergenceWarning, stacklevel=2)
         return solution.first_column() if getattr(B, "ndim", 2) == 1 else solution
+
+    def _structure(self, B: Any) -> dict[str, Any]:
+        """What `_solve` is told of right-hand sides beyond their columns."""
+        del B
+        return {}
 
     def _columns(self, B: Any) -> Array:
         """B as columns (n, k), checked at the door."""
@@ -102,8 +117,8 @@ class PreparedInverse(LinearOperator):
 
     def _matmat(self, X: Array, /) -> Array:
         with _backend.quiet():
-            solution = self._solve(X)
-        if not _backend.is_tracing(X):
+            solution = self._answer(X)
+        if not _backend.is_tracing(solution.x):
             solution.raise_if_meaningless()
             message = solution.describe()
             if message is not None:

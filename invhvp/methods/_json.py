@@ -10,6 +10,7 @@ import numpy as np
 
 from .arnoldi import Arnoldi
 from .block_cg import BlockCG
+from .blockwise import Blockwise
 from .cg import CG
 from .direct import Direct
 from .harmonic_mean import InverseHarmonicMean
@@ -25,6 +26,7 @@ _CLASSES = {
     for kind in (
         Arnoldi,
         BlockCG,
+        Blockwise,
         CG,
         Direct,
         InverseHarmonicMean,

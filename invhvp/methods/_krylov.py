@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 
-from .. import _backend
+from .. import _backend, _tracing
 from ..operators import as_operator
 from ..protocols import Array, Damping, Reduce
 from ._options import check_numbers, check_preconditioner
@@ -52,6 +52,7 @@ class Kernel:
         mu: a legal lower bound on the spectrum of M⁻¹(A + λI), or None.
         reduce: sum over processes.
         guarded: freeze the state where an iteration fails, for iterations that nobody looks at.
+        traced: keep one structure of the state from the start, at the price of the symmetry test.
     """
 
     product: Callable[[Array], Array]
@@ -59,6 +60,7 @@ class Kernel:
     mu: float | None
     reduce: Reduce | None
     guarded: bool
+    traced: bool = False
     needs_definite: ClassVar[bool] = True
 
     def start(self, R: Array) -> Any:
@@ -78,6 +80,14 @@ class Kernel:
 
     def suspect(self, s: Any, failed: np.ndarray) -> Array:
         raise NotImplementedError
+
+    def suspects(self, s: Any) -> Array:
+        """Directions among which one has negative curvature where an iteration has failed."""
+        raise NotImplementedError
+
+    def residual_norms(self, s: Any) -> Array:
+        """Norms of the residuals of the recurrence (k,), on the device."""
+        return s.N
 
     def _keep(self, ok: Array, new: Any, old: Any) -> Any:
         """The new state, or where it failed and nobody looks, the old one."""
@@ -156,4 +166,7 @@ class KrylovMethod:
         """An inverse that iterates at every product; nothing is precomputed but M."""
         from ._driver import KrylovInverse  # the driver imports the kernels' base from here
 
-        return KrylovInverse(self, as_operator(A), damping)
+        A = as_operator(A)
+        values = damping.values() if isinstance(damping, Mapping) else [damping]
+        with _tracing.eagerly(A.like, *values):  # a preconditioner looks at values
+            return KrylovInverse(self, A, damping)

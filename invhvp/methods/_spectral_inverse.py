@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 
 from .. import _backend, _linalg
-from ..operators import LinearOperator, LowRank
+from ..operators import LinearOperator, LowRank, PseudoInverse
 from ..operators.damping import smallest
+from ..operators.pseudo_inverse import kept_eigenvalues
 from ..protocols import Array, Damping
 from ..solution import IndefiniteError, SingularError, Solution
+from ._columns import take_columns
 from ._fixed_map import MapInverse
 from ._inverse import Products
 
@@ -133,19 +136,23 @@ def woodbury(
     *,
     complement: bool = True,
     hint: str = "",
+    signed: bool = False,
 ) -> LinearOperator:
     """(U diag(values) Uᵀ + λ)⁻¹ for a model that must be positive definite; λ may vary by block.
 
     Without its complement it is U(values + λ)⁻¹Uᵀ. Raises IndefiniteError with the direction
-    where it is not; SingularError where λ = 0 leaves the complement of U without an inverse.
+    where it is not, unless `signed`; SingularError where λ = 0 leaves the complement of U without
+    an inverse.
     """
     if isinstance(shift, float):
         theta = values + shift
-        if np.any(theta < 0) or np.any((theta == 0) & (values < 0)):
+        if not signed and (np.any(theta < 0) or np.any((theta == 0) & (values < 0))):
             j = int(np.argmin(theta))
             raise indefinite(vectors[:, j], float(values[j]), shift, hint)
         partial = complement and vectors.shape[1] < vectors.shape[0]
-        if (partial and shift == 0) or np.any(theta <= 1e-15 * np.max(theta, initial=0.0)):
+        if (partial and shift == 0) or np.any(
+            np.abs(theta) <= 1e-15 * np.max(np.abs(theta), initial=0.0)
+        ):
             msg = "the model of A is singular to working precision; raise the damping"
             raise SingularError(msg)
         return SpectralMap(vectors, theta, shift if complement else 0.0, layout=A.layout)
@@ -154,11 +161,23 @@ def woodbury(
         raise SingularError(msg)
     assert A.layout is not None, "only a layout gives λ by block"
     layout = A.layout
-    _check_blockwise(vectors, values, shift, hint)
+    if not signed:
+        _check_blockwise(vectors, values, shift, hint)
     blocks = {
         name: float(_backend.to_host(layout.take(shift, name)[:1])[0]) for name in layout.names
     }
     return LowRank(vectors, _backend.from_host(values, vectors), layout=layout).inverse(blocks)
+
+
+def truncated(A: LinearOperator, vectors: Array, values: np.ndarray) -> LinearOperator:
+    """U diag(values)⁻¹Uᵀ without what is rounding: a pseudo-inverse, unless it is all there."""
+    kept, truncation = kept_eigenvalues(values, A.shape[0], _backend.eps(A.dtype))
+    index = np.flatnonzero(kept)
+    inner = SpectralMap(take_columns(vectors, index), values[index], 0.0, layout=A.layout)
+    if truncation.rank == truncation.n:
+        return inner
+    least = float(np.min(np.abs(values[index]), initial=math.inf))  # what is below is left out
+    return PseudoInverse(inner, truncation._replace(cut=least if index.size else truncation.cut))
 
 
 def _check_blockwise(U: Array, values: np.ndarray, d: Array, hint: str) -> None:

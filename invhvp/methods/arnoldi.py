@@ -16,10 +16,11 @@ from ..operators.damping import as_shift, scalar, shifted, smallest
 from ..protocols import Array, Damping
 from ..solution import ConvergenceError, ConvergenceWarning, Status
 from ._columns import take_columns
-from ._spectral_inverse import SpectralInverse, SpectralMap, indefinite, woodbury
+from ._spectral_inverse import SpectralInverse, indefinite, truncated, woodbury
+from .direct import Singular, check_singular
 
 Complement = Literal["damping", "drop"]
-Nonpositive = Literal["raise", "drop", "abs", "clip"]
+Nonpositive = Literal["raise", "drop", "abs", "clip", "keep"]
 
 _HINT = '; nonpositive="drop", "abs" or "clip" replaces A by a positive model'
 
@@ -45,8 +46,11 @@ class Arnoldi:
         complement: "damping" inverts λI outside the span; "drop" leaves it out, x = V(Θ+λ)⁻¹Vᵀb,
             which is not an inverse and cannot precondition.
         nonpositive: what to do with θ + λ ≤ 0: "raise", "drop" the pair, use |θ| + λ ("abs") or
-            λ alone ("clip"). Pairs with θ + λ > 0 are never touched. "raise" also raises for a
-            direction met on the way that proves A + λI indefinite.
+            λ alone ("clip"), or "keep" it with its sign, which no longer is a preconditioner.
+            Pairs with θ + λ > 0 are never touched. "raise" also raises for a direction met on the
+            way that proves A + λI indefinite.
+        singular: what to do where the model is singular at λ = 0: "raise", or "truncate" to its
+            pseudo-inverse; the inverse's `truncation` says what was kept.
         rtol, atol: stopping rule against which an exact answer (rank ≥ n) is judged.
         rng: seed of the start block.
 
@@ -75,6 +79,7 @@ class Arnoldi:
     block: int | None = None
     complement: Complement = "damping"
     nonpositive: Nonpositive = "raise"
+    singular: Singular = "raise"
     rtol: float = 1e-5
     atol: float = 0.0
     rng: Any = 0
@@ -90,6 +95,7 @@ class Arnoldi:
             if getattr(self, name) not in get_args(kinds):
                 msg = f"{name} must be one of {get_args(kinds)}, got {getattr(self, name)!r}"
                 raise ValueError(msg)
+        check_singular(self.singular)
 
     def prepare(self, A: Any, /, damping: Damping) -> SpectralInverse:
         A = as_operator(A)
@@ -130,19 +136,26 @@ class Arnoldi:
             values = np.maximum(values, 0.0)
         low_rank = LowRank(vectors, _backend.from_host(values, vectors), layout=A.layout)
         bad = values + least <= 0
-        if self.nonpositive != "raise":
+        signed = self.nonpositive == "keep"
+        if self.nonpositive not in ("raise", "keep"):
             if self.nonpositive == "drop":
                 vectors, values = _chosen(vectors, values, ~bad)
             else:
                 values = np.where(bad, np.abs(values) * (self.nonpositive == "abs"), values)
-        elif self.complement == "damping" and not A.psd and pairs.lowest < -noise:
+        elif not signed and self.complement == "damping" and not A.psd and pairs.lowest < -noise:
             _check_lowest(pairs, shift)
         exact = vectors.shape[1] == A.shape[0] and not (
-            self.nonpositive != "raise" and bool(np.any(bad))
+            self.nonpositive not in ("raise", "keep") and bool(np.any(bad))
         )
-        inverse_map = woodbury(
-            A, vectors, values, shift, complement=self.complement == "damping", hint=_HINT
-        )
+        at_zero = isinstance(shift, float) and shift == 0 and self.singular == "truncate"
+        if at_zero and (signed or not np.any(values < 0)):
+            inverse_map = truncated(A, vectors, values)
+            exact = exact and not hasattr(inverse_map, "truncation")
+        else:
+            complement = self.complement == "damping"
+            inverse_map = woodbury(
+                A, vectors, values, shift, complement=complement, hint=_HINT, signed=signed
+            )
         return SpectralInverse(
             self,
             A,
@@ -153,7 +166,7 @@ class Arnoldi:
             size=pairs.size,
             exact=exact,
             products=products,
-            definite=inverse_map.definite if isinstance(inverse_map, SpectralMap) else True,
+            definite=getattr(inverse_map, "definite", inverse_map.psd),
         )
 
 

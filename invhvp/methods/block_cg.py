@@ -108,8 +108,8 @@ class _DubrulleR(Kernel):
             N=_column_lengths(T),
             gamma=eye / (self.mu or 1.0),
             energy=sxp.sum(T, axis=0) * 0.0,
-            zeta=None,
-            G=None,
+            zeta=0.0 * T if self.traced else None,
+            G=0.0 * T if self.traced else None,
             size=zero,
             asymmetry=zero,
             ok=zero == 0.0,
@@ -231,6 +231,9 @@ class _DubrulleR(Kernel):
         d = _lengths(s.P, self.reduce)
         _, V = _backend.eigh(G / (d[:, None] * d[None, :]))
         return _linalg.combine(s.P, V[:, :1] / d[:, None])
+
+    def suspects(self, s: _State) -> Array:
+        return self.suspect(s, None)
 
 
 def _column_lengths(S: Array) -> Array:

@@ -80,7 +80,7 @@ class _ConjugateGradients(Kernel):
             asymmetry=xp.sum(zero),
             ok=rho >= 0,
             first=None,
-            started=False,
+            started=self.traced,
         )
 
     def step(self, s: _State) -> _State:
@@ -156,3 +156,6 @@ class _ConjugateGradients(Kernel):
     def suspect(self, s: _State, failed: np.ndarray) -> Array:
         """The search direction of the first column that failed (n, 1)."""
         return take_columns(s.P, np.flatnonzero(failed)[:1], always=True)
+
+    def suspects(self, s: _State) -> Array:
+        return s.P

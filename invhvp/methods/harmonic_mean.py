@@ -37,7 +37,8 @@ class InverseHarmonicMean:
     Raises TypeError where A has no gradients, ValueError unless λ > 0, or for blocks without
     names.
     Cost: the row norms to prepare, N numbers (a block); two products with the gradients an
-    application, in one pass over them; one product a solve, for its true residual.
+    application, in one pass over them (one for a gradient matrix as right-hand sides); one product
+    a solve, for its true residual. Scores of `Influence` come from Gram matrices alone.
 
     Source: Kwon, Wu, Wu & Zou (2024), DataInf: efficiently estimating data influence.
 

@@ -115,7 +115,7 @@ class _MinimalResiduals(Kernel):
             asymmetry=xp.sum(zero),
             ok=beta >= 0,
             first=None,
-            started=False,
+            started=self.traced,
         )
 
     def step(self, s: _State) -> _State:
@@ -199,6 +199,9 @@ class _MinimalResiduals(Kernel):
 
     def residual(self, s: _State) -> Array:
         return s.R
+
+    def residual_norms(self, s: _State) -> Array:
+        return _linalg.column_norms(s.R, reduce=self.reduce)
 
     def solution(self, s: _State) -> Array:
         return s.X

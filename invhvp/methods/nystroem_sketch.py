@@ -15,7 +15,8 @@ from ..operators import LinearOperator, LowRank, as_operator
 from ..operators.damping import as_shift, shifted, smallest
 from ..protocols import Array, Damping
 from ..solution import ConvergenceError, ConvergenceWarning, Status
-from ._spectral_inverse import SpectralInverse, SpectralMap, indefinite, woodbury
+from ._spectral_inverse import SpectralInverse, indefinite, truncated, woodbury
+from .direct import Singular, check_singular
 
 Rank = int | Literal["adaptive"]
 
@@ -40,6 +41,9 @@ class NystroemSketch:
             unless A is nearly diagonal.
         tol: see `rank`; used only there.
         max_rank: limit of the adaptive rank; n/4 by default.
+        singular: what to do at λ = 0 with a model of rank < n, or of an indefinite A: "raise", or
+            "truncate" to the pseudo-inverse of its positive part; the inverse's `truncation`
+            says what was kept.
         rtol, atol: stopping rule against which an exact answer (rank ≥ n) is judged.
         rng: seed of the sketch.
 
@@ -66,12 +70,14 @@ class NystroemSketch:
     sketch: Kind = "gaussian"
     tol: float = 0.1
     max_rank: int | None = None
+    singular: Singular = "raise"
     rtol: float = 1e-5
     atol: float = 0.0
     rng: Any = 0
 
     def __post_init__(self) -> None:
         check_options(self)
+        check_singular(self.singular)
 
     def prepare(self, A: Any, /, damping: Damping) -> SpectralInverse:
         A = as_operator(A)
@@ -93,9 +99,13 @@ class NystroemSketch:
     ) -> SpectralInverse:
         shift = as_shift(damping, A)
         before = sketch.products
-        model = _model(sketch, shift)
+        truncate = self.singular == "truncate" and isinstance(shift, float) and shift == 0
+        model = sketch.clipped() if truncate else _model(sketch, shift)
         values = np.maximum(model.values, 0.0) if A.psd else model.values
-        inverse_map = woodbury(A, model.vectors, values, shift - model.shift)
+        if truncate:
+            inverse_map = truncated(A, model.vectors, values)
+        else:
+            inverse_map = woodbury(A, model.vectors, values, shift - model.shift)
         own = _backend.from_host(values - model.shift, model.vectors)
         if A.psd:
             sketch.release()
@@ -107,9 +117,9 @@ class NystroemSketch:
             state=sketch,
             low_rank=LowRank(model.vectors, own, layout=A.layout),
             size=float(np.max(np.abs(values - model.shift), initial=0.0)),
-            exact=model.vectors.shape[1] == A.shape[0],
+            exact=model.vectors.shape[1] == A.shape[0] and not hasattr(inverse_map, "truncation"),
             products=products + sketch.products - before,
-            definite=inverse_map.definite if isinstance(inverse_map, SpectralMap) else True,
+            definite=getattr(inverse_map, "definite", inverse_map.psd),
         )
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from .. import _backend, _linalg
 from ..operators import LinearOperator, as_operator
 from ..operators.damping import as_shift, scalar
+from ..operators.data_parallel import agreed
 from ..protocols import Array
 from ..solution import ConvergenceWarning, Curvature, Solution, Status
 from ._columns import take_columns
@@ -135,6 +136,7 @@ def _solve_ascending(
     room = int(0.6 * _backend.free_memory(A.like))
     fits = room // (blocks_held * A.shape[0] * _backend.itemsize(A.dtype))
     width = max(1, min(B.shape[1], A.shape[0], 128, max(4, fits)))
+    width = int(agreed(A, width))
     live = list(dampings)
     failed: dict[float, Curvature] = {}
     blocks: list[ShiftedBlock] = []

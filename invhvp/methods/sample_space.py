@@ -15,7 +15,9 @@ class SampleSpace:
     """Exact inverse of (1/c) Σ g_i g_iᵀ + λI through the N × N Gram matrix (p × p for N ≥ p).
 
     No product with the operator is iterated: one Gram matrix, one Cholesky factorisation. The
-    solution is refined once with its true residual.
+    solution is refined with its true residual where it misses the tolerance, or what rounding
+    allows. Right-hand sides given as a gradient matrix stay in its structure, and scores of
+    `Influence` come from Gram matrices alone.
 
     Args:
         rtol, atol: stopping rule ‖r_j‖ ≤ max(rtol·‖b_j‖, atol), against which the answer is
@@ -23,7 +25,8 @@ class SampleSpace:
 
     Raises TypeError where A has no gradients, SingularError for λ = 0 with N < p.
     Cost: the Gram matrix and min(N, p)³/3 flops to prepare, min(N, p)² numbers;
-    3 applications (two products with the gradients each) and 2 products a solve.
+    one application (two products with the gradients; one for a gradient matrix as right-hand
+    sides) and one product a solve, and both again for a refinement.
 
     Source: Woodbury (1950); the empirical-Fisher use follows from the push-through identity.
 

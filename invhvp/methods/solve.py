@@ -21,6 +21,10 @@ def solve(
         damping: λ ≥ 0, or one per block of A's layout.
         options: of one solve: x0, callback, progress.
 
+    Solutions have derivatives in B, λ and what A is made of: in JAX, also inside of `jit`, of any
+    order; in PyTorch first ones where gradients are recorded. The backward pass is another solve
+    with the same method.
+
     Raises TypeError or ValueError at the door. Cost: that of the method.
 
     Example:

@@ -26,6 +26,7 @@ class Sum(LinearOperator):
         B.check_operand(_zeros(A), "the second summand")
         super().__init__(A.shape[0], like=A.like, psd=A.psd and B.psd, layout=A.layout or B.layout)
         self.terms = (A, B)
+        self.processes = A.processes or B.processes
 
     def _matmat(self, X: Array, /) -> Array:
         A, B = self.terms
@@ -47,6 +48,7 @@ class Scaled(LinearOperator):
         super().__init__(A.shape[0], like=A.like, psd=A.psd and factor >= 0, layout=A.layout)
         self.operator = A
         self.factor = factor
+        self.processes = A.processes
 
     def _matmat(self, X: Array, /) -> Array:
         return self.factor * self.operator._matmat(X)

@@ -7,7 +7,7 @@ from typing import Any
 from .. import _backend
 from ..gradients._check import check_kind
 from ..layout import Layout
-from ..protocols import Array
+from ..protocols import Array, Processes
 
 
 class LinearOperator:
@@ -21,6 +21,9 @@ class LinearOperator:
         psd: True only where positive semidefinite by construction; it makes certificates possible.
         layout: names of the parameter blocks, where they are known.
     """
+
+    processes: Processes | None = None
+    """Those that take part in every product; None for one alone."""
 
     __array_ufunc__ = None  # NumPy and CuPy arrays on the left defer to __rmatmul__
     __array_priority__ = 1000

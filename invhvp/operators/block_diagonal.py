@@ -12,6 +12,7 @@ from .algebra import checked_factor
 from .base import LinearOperator
 from .damping import as_shift
 from .dense import Dense
+from .pseudo_inverse import PseudoInverse, Truncation, pseudo_inverse
 
 
 class BlockDiagonal(LinearOperator):
@@ -79,6 +80,13 @@ class BlockDiagonal(LinearOperator):
             block = A if isinstance(A, HasInverse) else Dense(A.to_dense(), psd=A.psd)
             inverses[name] = block.inverse(value)
         return BlockDiagonal(inverses, self._index_sets)
+
+    def pseudo_inverse(self) -> PseudoInverse:
+        """A⁺, block by block; what is rounding is judged in each block for itself."""
+        found = {name: pseudo_inverse(A) for name, A in self.blocks.items()}
+        kept = [block.truncation for block in found.values()]
+        truncation = Truncation(sum(t.rank for t in kept), self._n, max(t.cut for t in kept))
+        return PseudoInverse(BlockDiagonal(found, self._index_sets), truncation)
 
     def power(self, exponent: float, /) -> BlockDiagonal:
         """Every block to a power. Raises ValueError for a block that has no powers."""

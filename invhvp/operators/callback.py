@@ -17,6 +17,9 @@ class Callback(LinearOperator):
         n: dimension.
         like: any array of the library, dtype and device of the products.
         psd: pass True only if the matrix is positive semidefinite by construction.
+        layout: names of the parameter blocks.
+        differentiable: whether PyTorch can differentiate the product in something that matmat
+            closes over, so that solutions have gradients in it. JAX needs no such word.
 
     Raises ValueError at a product of another shape, TypeError at one of another library, dtype or
     device.
@@ -35,9 +38,11 @@ class Callback(LinearOperator):
         like: Array,
         psd: bool = False,
         layout: Layout | None = None,
+        differentiable: bool = False,
     ) -> None:
         super().__init__(n, like=like, psd=psd, layout=layout)
         self._function = matmat
+        self.differentiable = bool(differentiable)
 
     def _matmat(self, X: Array, /) -> Array:
         Y = self._function(X)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from .. import _backend
@@ -17,8 +18,10 @@ def as_operator(A: Any, /, *, like: Array | None = None, psd: bool | None = None
 
     Args:
         A: an operator of this library (returned as it is), an array (n, n), or anything with
-            `shape` and `matmat` or `@`: SciPy, CuPy and PyLops operators and sparse matrices.
-        like: an array of the library, dtype and device of the products, where `A` does not say.
+            `shape` and `matmat` or `@`: SciPy, CuPy and PyLops operators and sparse matrices,
+            operators of curvlinops and linear_operator (GPyTorch).
+        like: an array of the library, dtype and device of the products, where `A` does not say
+            (PyLops on CuPy).
         psd: True if A is positive semidefinite by construction.
 
     Raises TypeError where A cannot multiply, ValueError where it is not square.
@@ -45,7 +48,20 @@ def as_operator(A: Any, /, *, like: Array | None = None, psd: bool | None = None
         raise ValueError(msg)
     matmat = A.matmat if hasattr(A, "matmat") else A.__matmul__
     like = _array_like(A) if like is None else like
+    if _backend.library_name(like) == "torch":
+        matmat = _without_graph(matmat)
     return Callback(matmat, shape[0], like=like, psd=bool(psd))
+
+
+def _without_graph(matmat: Callable[[Array], Array]) -> Callable[[Array], Array]:
+    """A product of which PyTorch keeps no graph: parameters of a foreign operator may want one."""
+    torch = sys.modules["torch"]
+
+    def product(X: Array) -> Array:
+        with torch.no_grad():
+            return matmat(X)
+
+    return product
 
 
 def _array_like(A: Any) -> Array:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from .. import _backend
+from ..layout import Layout
 from ..protocols import Array, Damping
 from .base import LinearOperator
 
@@ -25,12 +26,14 @@ def as_shift(damping: Damping, A: LinearOperator) -> float | Array:
                 "none: pass layout= when it is built, or one float"
             )
             raise ValueError(msg)
+        if any(_backend.is_tracing(value) for value in damping.values()):
+            return spread(damping, A.layout, A.like)
         shifts = A.layout.shifts(damping)
         _check_value(float(np.min(shifts)), float(np.max(shifts)))
         return _backend.from_host(shifts, A.like)
     if _backend.is_array(damping) and damping.ndim == 0:
         if _backend.is_tracing(damping):
-            return damping
+            return _backend.cast(damping, A.like)
         damping = float(_backend.to_host(damping))
     if isinstance(damping, bool) or not isinstance(damping, int | float | np.number):
         msg = (
@@ -48,6 +51,17 @@ def _check_value(smallest: float, largest: float) -> None:
         shown = smallest if smallest < 0 else largest
         msg = f"damping must be finite and not negative, got {shown}"
         raise ValueError(msg)
+
+
+def spread(damping: Mapping[str, Any], layout: Layout, like: Array) -> Array:
+    """λ by block as an array (n,) that depends on the values as arrays: traced, recorded."""
+    layout.shifts(dict.fromkeys(damping, 0.0))  # the names are checked there
+    one = _backend.namespace(like).ones((layout.n,), dtype=like.dtype, device=_device(like))
+    return layout.assemble({name: layout.take(one, name) * damping[name] for name in layout})
+
+
+def _device(like: Array) -> Any:
+    return None if _backend.is_tracing(like) else _backend.device(like)
 
 
 def by_block(shift: float | Array) -> bool:
@@ -84,6 +98,7 @@ class Damped(LinearOperator):
         super().__init__(A.shape[0], like=A.like, psd=A.psd, layout=A.layout)
         self.operator = A
         self.shift = as_shift(damping, A)
+        self.processes = A.processes
 
     def _matmat(self, X: Array, /) -> Array:
         return self.operator._matmat(X) + shifted(X, self.shift)

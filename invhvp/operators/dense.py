@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .. import _backend, _linalg
+from .. import _backend, _linalg, _tracing
 from ..layout import Layout
 from ..protocols import Array, Damping
 from .algebra import checked_factor
@@ -32,7 +32,8 @@ class Dense(LinearOperator):
             raise ValueError(msg)
         super().__init__(M.shape[0], like=M, psd=psd, layout=layout)
         if check and not _backend.is_tracing(M):
-            _check_symmetric(M)
+            with _tracing.eagerly(M):
+                _check_symmetric(M)
         self._M = M
 
     def _matmat(self, X: Array, /) -> Array:
@@ -53,9 +54,7 @@ class Dense(LinearOperator):
         if not by_block(shift):
             damped = small + shift * _linalg.identity_like(small)
         else:
-            xp = _backend.namespace(small)
             damped = small + _linalg.identity_like(small) * _backend.to_small(shift)[:, None]
-            damped = xp.asarray(damped)
         return DenseInverse(_linalg.symmetric(damped), self)
 
     def __mul__(self, factor: float) -> Dense:

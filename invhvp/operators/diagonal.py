@@ -10,6 +10,7 @@ from .algebra import checked_factor
 from .base import LinearOperator
 from .damping import as_shift
 from .factor import check_definite
+from .pseudo_inverse import PseudoInverse, kept_eigenvalues
 
 
 class Diagonal(LinearOperator):
@@ -50,6 +51,15 @@ class Diagonal(LinearOperator):
             msg = "diag(d) + λ has an entry that is zero, NaN or Inf; raise the damping"
             raise SingularError(msg)
         return Diagonal(1.0 / entries, layout=self.layout)
+
+    def pseudo_inverse(self) -> PseudoInverse:
+        """The inverses of the entries that rise above rounding, and zeros."""
+        xp = _backend.namespace(self._d)
+        host = _backend.to_host(self._d)
+        kept, truncation = kept_eigenvalues(host, self._n, _backend.eps(self.dtype))
+        mask = xp.asarray(kept, device=self.device)
+        inverted = xp.where(mask, 1.0 / xp.where(mask, self._d, 1.0 + 0.0 * self._d), 0.0 * self._d)
+        return PseudoInverse(Diagonal(inverted, layout=self.layout), truncation)
 
     def power(self, exponent: float, /) -> Diagonal:
         """diag(d) to a power. Raises ValueError unless all entries are known to be positive."""

@@ -12,8 +12,9 @@ from ..solution import SingularError
 from .algebra import checked_factor
 from .base import LinearOperator
 from .damping import as_shift, by_block, scalar, smallest
-from .dense import DenseInverse
+from .dense import Dense, DenseInverse
 from .factor import SymmetricFactor
+from .pseudo_inverse import PseudoInverse, kept_eigenvalues, pseudo_inverse
 
 
 class RankOneMean(LinearOperator):
@@ -79,6 +80,21 @@ class RankOneMean(LinearOperator):
             return self._by_block(damping, shift)
         return SampleSpaceInverse(self, scalar(shift, "the sample-space inverse"))
 
+    def pseudo_inverse(self) -> PseudoInverse:
+        """A⁺ = c GᵀK⁻²G on the range of K = GGᵀ, from the N × N Gram matrix; p × p for N ≥ p."""
+        G, c = self._gradients, self.count
+        if self.shape[0] <= G.shape[0]:
+            return pseudo_inverse(Dense(self.to_dense(), layout=self.layout, check=False))
+        w, V = _backend.eigh(_linalg.symmetric(_backend.to_small(G.gram())))
+        host = _backend.to_host(w)
+        kept, truncation = kept_eigenvalues(host / c, self.shape[0], _backend.eps(self.dtype))
+        xp = _backend.namespace(w)
+        mask = xp.asarray(kept, device=_backend.device(w))
+        safe = xp.where(mask, w, xp.ones_like(w))
+        inner = xp.where(mask, c / (safe * safe), xp.zeros_like(w))
+        C = (V * inner[None, :]) @ xp.matrix_transpose(V)
+        return PseudoInverse(GradientForm(self, 0.0, C), truncation)
+
     def _by_block(self, damping: Mapping[str, float], shift: Array) -> LinearOperator:
         """λ by block: substitute g → Λ^(-1/2) g, which leaves a problem with λ = 1."""
         if not smallest(shift) > 0:
@@ -118,16 +134,32 @@ class SampleSpaceInverse(LinearOperator):
         self.shift = shift
         self._gram = _backend.to_small(A.gradients.gram()) if gram is None else gram
         eye = _linalg.identity_like(self._gram)
-        self._factor = SymmetricFactor(_linalg.symmetric(self._gram) + (A.count * shift) * eye)
+        self._factor = SymmetricFactor(self._gram + (A.count * shift) * eye)
 
     def with_shift(self, shift: float) -> SampleSpaceInverse:
         """The inverse at another λ; the Gram matrix is kept, the factorisation is not."""
         return SampleSpaceInverse(self.operator, shift, self._gram)
 
     def _matmat(self, X: Array, /) -> Array:
-        G = self.operator.gradients
-        weights = _backend.lift(self._factor.solve(_backend.to_small(G @ X)), X)
-        return (X - G.T @ weights) / self.shift
+        return self._combined(X, self._factor.solve(_backend.to_small(self.operator.gradients @ X)))
+
+    def of_gradients(self, rows: GradientMatrix, columns: Array) -> Array:
+        """This inverse times rowsᵀ, which `columns` (p, k) are: one product with Gᵀ."""
+        return self._combined(columns, self.coefficients(rows))
+
+    def _combined(self, X: Array, weights: Array) -> Array:
+        return (X - self.operator.gradients.T @ _backend.lift(weights, X)) / self.shift
+
+    def damped_norm(self) -> float:
+        """‖A + λI‖₂ to a few percent (never above it), from the Gram matrix; one transfer."""
+        xp, K = _backend.namespace(self._gram), self._gram
+        largest = xp.argmax(xp.linalg.diagonal(K))
+        v = xp.take(K, xp.reshape(largest, (1,)), axis=1)
+        for _ in range(4):
+            norm = xp.sqrt(xp.sum(v * v))
+            v = K @ (v / xp.where(norm > 0, norm, xp.ones_like(norm)))
+        size = xp.sqrt(xp.sum(v * v))
+        return float(_backend.to_host(size)) / self.operator.count + float(self.shift)
 
     def power(self, exponent: float, /) -> LinearOperator:
         """This inverse to a power: λ⁻ᵉ + GᵀCG with a C of size N from the Gram matrix's eigenpairs.
@@ -150,13 +182,29 @@ class SampleSpaceInverse(LinearOperator):
         inside = self._factor.logdet() - N * math.log(self.operator.count)
         return -inside - (p - N) * math.log(self.shift)
 
+    def coefficients(self, right: GradientMatrix) -> Array:
+        """(GGᵀ + cλI)⁻¹G rightᵀ, shape (N, n_right), small: what `bilinear` solves for."""
+        return self._factor.solve(self.operator.gradients._small_gram(right))
+
     def bilinear(self, left: GradientMatrix, right: GradientMatrix) -> Array:
-        """All left (A + λI)⁻¹ rightᵀ, shape (n_left, n_right), from Gram matrices alone."""
+        """All left (A + λI)⁻¹ rightᵀ, shape (n_left, n_right), from Gram matrices alone.
+
+        Cost: the smaller side is solved for. Where the other is the operator's own matrix G, that
+        is all: G (A + λI)⁻¹ = c (GGᵀ + cλI)⁻¹G, in which nothing cancels.
+        """
+        xp = _backend.namespace(self._gram)
+        own = right is self.operator.gradients
+        if not own and (left is self.operator.gradients or left.shape[0] > right.shape[0]):
+            return _backend.namespace(self.like).matrix_transpose(self.bilinear(right, left))
         G = self.operator.gradients
-        inner = self._factor.solve(_backend.to_small(G.gram(right)))
-        correction = _backend.to_small(left.gram(G)) @ inner
-        direct = _backend.to_small(left.gram(right))
-        return _backend.lift((direct - correction) / self.shift, self.like)
+        cross = G._small_gram(left)
+        solved = xp.matrix_transpose(self._factor.solve(cross))
+        if own:
+            return _backend.lift(self.operator.count * solved, self.like)
+        if left is not right:
+            cross = _backend.to_small(G.gram(right))
+        direct = left._small_gram(right)
+        return _backend.lift((direct - solved @ cross) / self.shift, self.like)
 
 
 class GradientForm(LinearOperator):

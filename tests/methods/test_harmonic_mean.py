@@ -13,6 +13,7 @@ from invhvp.gradients import (
     StackedGradients,
     StreamedGradients,
 )
+from invhvp.influence import Influence
 from invhvp.methods import BlockCG, InverseHarmonicMean
 from invhvp.operators import Dense, RankOneMean
 from tests.backends import Backend
@@ -128,6 +129,38 @@ def test_blocks_against_the_closed_form(backend: Backend, layout, kind: str):
             moved = inverse.with_damping(0.125)
             again = inverse.method.prepare(A, damping=0.125)
             assert close(dense(backend, moved), dense(backend, again), backend)
+
+
+@pytest.mark.parametrize("kind", ["dense", "stacked", "streamed"])
+def test_scores_need_no_vector_of_length_p(backend: Backend, kind: str):
+    d = rounded(backend, np.random.default_rng(0).standard_normal((9, 4)))
+    a = rounded(backend, np.random.default_rng(1).standard_normal((9, 2)))
+    rows_ = np.concatenate([(a[:, :, None] * d[:, None, :]).reshape(9, 8), d], axis=1)
+
+    def stacked(part: slice):
+        outputs, inputs = backend.asarray(a[part]), backend.asarray(d[part])
+        weight = OuterProductGradients(output_grads=outputs, inputs=inputs)
+        blocks = {"weight": weight, "bias": DenseGradients(inputs)}
+        return StackedGradients(blocks, layout=LAYOUT)
+
+    G = {
+        "dense": lambda: DenseGradients(backend.asarray(rows_), layout=LAYOUT),
+        "stacked": lambda: stacked(slice(0, 9)),
+        "streamed": lambda: StreamedGradients([stacked(slice(0, 4)), stacked(slice(4, 9))]),
+    }[kind]()
+    shift = np.full(N, 0.5)
+    for method, R in (
+        (InverseHarmonicMean(), dense_mean(rows_, shift)),
+        (InverseHarmonicMean(block="layer"), by_layer(rows_, shift)),
+    ):
+        inverse = method.prepare(RankOneMean(G), damping=0.5)
+        for few in (slice(0, 2), slice(0, 9)):
+            got = backend.to_numpy(Influence(inverse, G).scores(G[few]))
+            expected = rows_[few] @ R @ rows_.T
+            size = np.linalg.norm(rows_) ** 2 / 0.5
+            assert np.linalg.norm(got - expected) <= 50 * backend.eps * size
+        exact = np.linalg.norm(rows_, 2) ** 2 / 9 + 0.5
+        assert exact <= inverse.map.damped_norm() <= N * exact
 
 
 def test_count_is_the_weight_of_the_terms(backend: Backend):

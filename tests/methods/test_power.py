@@ -19,6 +19,9 @@ DEFINITE = [
     "rank-one-mean-wide",
     "rank-one-mean-tall",
     "rank-one-mean-counted",
+    "kronecker",
+    "eigen-kronecker",
+    "kronecker-blocks",
     "callback",
 ]
 DAMPING = 1e-3

@@ -121,6 +121,38 @@ def test_bilinear_forms_need_no_vector_of_length_p(backend: Backend):
     assert np.linalg.norm(backend.to_numpy(got) - expected) <= allowed
 
 
+def test_bilinear_forms_of_the_operators_own_gradients(backend: Backend):
+    """Whichever side is the operator's own, or larger, or the same as the other."""
+    G, few, many = (rows(k, seed=k).astype(backend.np_dtype).astype(float) for k in (5, 2, 7))
+    own, small, large = (DenseGradients(backend.asarray(a)) for a in (G, few, many))
+    damping = 1e-3
+    inverse = RankOneMean(own).inverse(damping)
+    damped = G.T @ G / 5 + damping * np.eye(N)
+    for left, right, a, b in (
+        (small, own, few, G),
+        (own, small, G, few),
+        (own, own, G, G),
+        (large, small, many, few),
+        (small, small, few, few),
+        (large, large, many, many),
+    ):
+        got = backend.to_numpy(inverse.bilinear(left, right))
+        expected = a @ np.linalg.solve(damped, b.T)
+        allowed = 30 * backend.eps * np.linalg.cond(damped) * np.linalg.norm(expected)
+        assert got.shape == expected.shape
+        assert np.linalg.norm(got - expected) <= allowed
+
+
+def test_the_size_of_the_damped_operator_comes_from_the_gram_matrix(backend: Backend):
+    for seed in range(5):
+        G = rows(5, seed=seed).astype(backend.np_dtype).astype(float)
+        inverse = RankOneMean(DenseGradients(backend.asarray(G)), count=3.0).inverse(0.5)
+        exact = np.linalg.norm(G, 2) ** 2 / 3 + 0.5
+        assert 0.9 * exact <= inverse.damped_norm() <= (1 + 50 * backend.eps) * exact
+    nothing = RankOneMean(DenseGradients(backend.asarray(np.zeros((2, N))))).inverse(0.5)
+    assert nothing.damped_norm() == 0.5
+
+
 def test_singular_by_block(backend: Backend):
     layout = Layout.from_shapes({"a": (1,), "b": (2,)})
     A = LowRank(backend.asarray(np.eye(3)[:, :2]), backend.asarray([-0.5, 1.0]), layout=layout)

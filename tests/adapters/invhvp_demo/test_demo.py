@@ -41,6 +41,7 @@ def test_answers_are_right(results: dict[str, Any]):
     assert results["passed"]
     assert results["leave_one_out"]["pearson"] >= 0.99
     assert abs(results["leave_one_out"]["slope"] - 1) < 0.1
+    assert 0.5 < results["lds"]["interval"][0] <= results["lds"]["score"] <= 1
     assert results["model"]["test_accuracy"] > 0.85
     assert results["model"]["gradient_norm"] <= 1e-11
     exact = results["methods"][0]

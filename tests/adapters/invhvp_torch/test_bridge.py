@@ -105,6 +105,14 @@ def test_gradients_are_views_with_their_structure():
     check_gradients(N, dense=G.to_dense().numpy())
 
 
+def test_gradients_refuse_foreign_arrays_with_what_to_write():
+    model, x, y = MLP.build()
+    G = it.per_sample_gradients(model, cross_entropy, x, y)
+    for product in (lambda: G @ np.ones(79), lambda: G.T @ np.ones(len(G))):
+        with pytest.raises(TypeError, match="array_namespace=numpy"):
+            product()
+
+
 def test_solves_equal_those_of_torch():
     model, x, y = MLP.build()
     options = {"damping": 5.0}

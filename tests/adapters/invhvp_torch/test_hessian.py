@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import json
 import pickle
 import threading
 import weakref
@@ -15,6 +16,9 @@ from torch.utils.data import DataLoader, TensorDataset
 import invhvp_torch as it
 from invhvp.protocols import HasTerms
 from invhvp.testing import check_operator
+from invhvp_torch import recorded, survey
+from invhvp_torch.double_backward import GradientGraph
+from invhvp_torch.tape import Tape
 from tests.adapters.invhvp_torch.models import (
     BY_NAME,
     CASES,
@@ -70,7 +74,9 @@ def test_batch_size_and_a_short_last_batch_change_nothing(batch_size, cache):
         H = it.hessian(model, cross_entropy, data, cache=cache, batch_size=size)
         assert_close(H.to_dense(), expected)
         assert ("cached" if cache else "streamed") in repr(H)
-        assert f"7 samples in {-(-7 // batch_size)} batch" in repr(H)
+        # Small batches of a loader go through as one; those asked for by size stay as they are.
+        n_batches = 1 if cache and size is None else -(-7 // batch_size)
+        assert f"7 samples in {n_batches} batch" in repr(H)
 
 
 def test_the_order_of_the_data_changes_nothing():
@@ -93,6 +99,144 @@ def test_many_columns_and_few_are_the_same():
         assert_close(H @ X[:, j], Y[:, j])
     assert_close(H @ X.T.contiguous().T, Y)
     assert (H @ X[:, :0]).shape == (H.shape[0], 0)
+
+
+# ------------------------------------------------------------------------ ways to a product
+
+
+@pytest.mark.parametrize("way", ["graph", "column by column", "all at once"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_all_ways_to_a_product_give_the_same_values(case, way, monkeypatch):
+    if way == "graph":
+        monkeypatch.setattr(recorded, "SMALL_BYTES", -1)
+    monkeypatch.setattr(recorded, "_MAX_NODES", 10_000)
+    monkeypatch.setattr(recorded, "_CACHE_BYTES", 1e9 if way == "all at once" else 0)
+    model, x, y = case.build()
+    H = it.hessian(model, case.loss, (x, y), keep_graph=True)
+    expected, _ = reference(model, case.loss, x, y)
+    X = torch.randn(H.shape[0], 6, dtype=H.dtype, generator=torch.Generator().manual_seed(0))
+    for _ in range(2):
+        assert_close(H @ X, expected @ X)
+        assert_close(H @ X[:, 0], expected @ X[:, 0])
+    kept = GradientGraph if way == "graph" else recorded.RecordedProducts
+    assert isinstance(H._kept[0], kept)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_small_batches_are_joined_as_far_as_they_stay_small(batch_size, monkeypatch):
+    model, x, y = MLP.build()
+    loader = DataLoader(TensorDataset(x, y), batch_size=batch_size)
+    expected, _ = reference(model, cross_entropy, x, y)
+    one = it.hessian(model, cross_entropy, loader)._bytes_per_sample
+    for room, n_batches in ((1e9, 1), (5.5 * one, 2), (0, -(-7 // batch_size))):
+        monkeypatch.setattr(survey, "SMALL_BYTES", room)
+        H = it.hessian(model, cross_entropy, loader)
+        assert f"7 samples in {n_batches} batch" in repr(H)
+        assert_close(H.to_dense(), expected)
+        assert_close(H.subset([4, 0]).to_dense(), _mean_over(model, x, y, [4, 0]))
+
+
+def _mean_over(model, x, y, rows):
+    return reference(model, cross_entropy, x[rows], y[rows])[0]
+
+
+def test_batches_in_training_mode_are_not_joined():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 6), nn.Dropout(0.5), nn.Tanh(), nn.Linear(6, 3)).double()
+    _, x, y = MLP.build()
+    loader = DataLoader(TensorDataset(x, y), batch_size=3)
+    H = it.hessian(model, cross_entropy, loader, training=True)
+    assert "3 batches" in repr(H)
+    one = it.hessian(model, cross_entropy, (x[:3], y[:3]), training=True)
+    rest = it.hessian(model, cross_entropy, loader, training=True, keep_graph=False)
+    assert_close(H.to_dense(), rest.to_dense())
+    assert not torch.allclose(one.to_dense(), H.to_dense())
+
+
+class _ThroughNumpy(torch.autograd.Function):
+    """Three times x, where torch does not see it."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return torch.from_numpy(3 * x.detach().numpy())
+
+    @staticmethod
+    def backward(ctx, g):
+        return _ThroughNumpy.apply(g)
+
+
+def test_what_a_recording_cannot_see_stays_with_autograd():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(5, 3).double()
+
+        def forward(self, x):
+            return _ThroughNumpy.apply(torch.tanh(self.layer(x)))
+
+    class Plain(Model):
+        def forward(self, x):
+            return 3 * torch.tanh(self.layer(x))
+
+    _, x, y = MLP.build()
+    model, plain = Model(), Plain()
+    plain.load_state_dict(model.state_dict())
+    H = it.hessian(model, cross_entropy, (x, y))
+    for _ in range(2):
+        assert_close(H.to_dense(), reference(plain, cross_entropy, x, y)[0])
+    assert isinstance(H._kept[0], GradientGraph)
+
+
+def test_a_wrong_recording_is_not_used(monkeypatch):
+    model, x, y = MLP.build()
+    first = []
+
+    def constant(self, vectors, *, batched):
+        first.append(vectors)
+        return [torch.ones_like(v) for v in vectors]
+
+    monkeypatch.setattr(Tape, "__call__", constant)
+    H = it.hessian(model, cross_entropy, (x, y))
+    assert_close(H.to_dense(), reference(model, cross_entropy, x, y)[0])
+    assert first
+    assert isinstance(H._kept[0], GradientGraph)
+
+
+def test_products_ignore_the_callers_modes():
+    model, x, y = MLP.build(dtype=torch.float32)
+    H = it.hessian(model, cross_entropy, (x, y))
+    v = torch.linspace(-1, 1, H.shape[0])
+    expected = H @ v
+    for mode in (
+        torch.autocast("cpu", dtype=torch.bfloat16),
+        torch.inference_mode(),
+        torch.no_grad(),
+        torch.enable_grad(),
+    ):
+        with mode:
+            assert torch.equal(H @ v, expected)
+            assert not (H @ v).requires_grad
+
+
+def test_a_tape_is_shorter_than_what_it_recorded():
+    c = torch.linspace(0.1, 2.0, 5, dtype=torch.float64)
+    calls = []
+
+    def linear(v, w):
+        calls.append(v)
+        zero = torch.zeros_like(v)
+        return [torch.mul(torch.mul(v, c), c.exp()) + zero - torch.mul(v, c), None, w.t().t() @ c]
+
+    v, w = torch.ones(5, dtype=torch.float64), torch.ones(2, 5, dtype=torch.float64)
+    tape = Tape(linear, [v, w])
+    x, W = torch.randn(4, 5, dtype=torch.float64), torch.randn(4, 2, 5, dtype=torch.float64)
+    for got, wanted in zip(tape([x[0], W[0]], batched=False), linear(x[0], W[0]), strict=True):
+        assert got is None if wanted is None else torch.allclose(got, wanted, rtol=1e-14)
+    rows = tape([x, W], batched=True)
+    assert torch.allclose(rows[0], x * (c * c.exp() - c), rtol=1e-14)
+    assert torch.allclose(rows[2], W @ c, rtol=1e-14)
+    assert len(calls) == 2  # once recorded, once for the values above
+    assert tape.n_operations == 2  # one factor, one product
 
 
 def test_sample_weights_weigh_the_samples():
@@ -246,19 +390,24 @@ def _fails(model, x, y):
     it.hessian(model, loss, (x, y))
 
 
-def test_no_graph_outlives_the_operator():
+@pytest.mark.parametrize("small", [True, False])
+def test_no_graph_outlives_the_operator(small, monkeypatch):
     model, x, y = MLP.build()
+    if not small:
+        monkeypatch.setattr(recorded, "SMALL_BYTES", -1)
     H = it.hessian(model, cross_entropy, (x, y))
     v = torch.ones(H.shape[0], dtype=x.dtype)
     y1 = H @ v
     assert "graphs kept" in repr(H)
     assert not y1.requires_grad
     held = weakref.ref(H._kept[0])
-    gradient = weakref.ref(H._kept[0]._gradient[0])
+    kept = H._kept[0]
+    assert isinstance(kept, recorded.RecordedProducts if small else GradientGraph)
+    gradient = weakref.ref(kept._tape.constants[0] if small else kept._gradient[0])
     twin = pickle.loads(pickle.dumps(H))
     assert_close(twin @ v, y1, 0.0)
     assert_close(copy.deepcopy(H) @ v, y1, 0.0)
-    del H
+    del H, kept
     gc.collect()
     assert held() is None
     assert gradient() is None
@@ -667,3 +816,22 @@ def test_the_door_is_the_operator_s():
         H @ torch.ones(2, H.shape[0], dtype=x.dtype)
     v = torch.ones(H.shape[0], dtype=x.dtype, requires_grad=True)
     assert not (H @ v).requires_grad
+
+
+# ------------------------------------------------------------------------------- the benchmark
+
+
+def test_the_benchmark_compares_with_float64(tmp_path, monkeypatch):
+    pytest.importorskip("sklearn")
+    from benchmarks import __main__ as command
+
+    monkeypatch.delenv("INVHVP_PYDVL_PYTHON", raising=False)
+    assert command.main(["hessian-products", "--quick", "--out", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "hessian-products.json").read_text())["rows"]
+    ours = [row for row in rows if row["method"] == "invhvp"]
+    assert [row["k"] for row in ours] == [1, 4]
+    assert all(row["relative_error"] < 1e-5 for row in ours)
+    absent = [row for row in rows if row["method"].startswith("pyDVL")]
+    assert all("INVHVP_PYDVL_PYTHON" in row["said"] for row in absent)
+    assert all(row["seconds"] is None for row in absent)
+    assert "÷ invhvp" in (tmp_path / "hessian-products.md").read_text()

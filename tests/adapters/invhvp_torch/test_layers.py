@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import logging
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+import invhvp as ih
 import invhvp_torch as it
-from invhvp.gradients import DenseGradients, OuterProductGradients, StackedGradients
+from invhvp.gradients import (
+    DenseGradients,
+    EmbeddingGradients,
+    OuterProductGradients,
+    StackedGradients,
+)
 from invhvp.testing import check_gradients
 from tests.adapters.invhvp_torch.models import assert_close, cross_entropy, reference
 from tests.adapters.invhvp_torch.references import gauss_newton_reference
@@ -70,6 +77,35 @@ class SelfAttention(nn.Module):
         return h if self.inner.batch_first else h.transpose(0, 1)
 
 
+class CrossAttention(nn.Module):
+    """Half of the sequence asks the other half, which is two sequences where `kv` says so."""
+
+    def __init__(self, *, kv: bool, mask: bool = False, **options) -> None:
+        super().__init__()
+        self.inner = nn.MultiheadAttention(4, 2, **options)
+        self.kv, self.mask = kv, mask
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        k = x[:, 2:, : self.inner.kdim]
+        v = k if self.kv else torch.sin(x[:, 2:, -self.inner.vdim :])
+        h = [x[:, :2], k, v]
+        if not self.inner.batch_first:
+            h = [t.transpose(0, 1) for t in h]
+        mask = torch.zeros(2, x.shape[1] - 2, dtype=torch.bool)
+        mask[0, 0] = self.mask
+        h = self.inner(*h, need_weights=False, attn_mask=mask)[0]
+        return h if self.inner.batch_first else h.transpose(0, 1)
+
+
+class Decoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.TransformerDecoderLayer(4, 2, 6, dropout=0.0, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x[:, :2], x[:, 2:])
+
+
 def _warm(norm: nn.Module) -> nn.Module:
     """Running statistics and a scale that are not one and zero."""
     with torch.no_grad():
@@ -109,6 +145,14 @@ FAST = {  # name: (body, shape of a sample)
     "attention-weights": ([SelfAttention(batch_first=True, need_weights=True)], (3, 4)),
     "attention-length-first": ([SelfAttention()], (3, 4)),
     "attention-no-bias": ([SelfAttention(bias=False)], (3, 4)),
+    "cross-attention": ([CrossAttention(kv=True, batch_first=True)], (5, 4)),
+    "cross-attention-length-first": ([CrossAttention(kv=True)], (5, 4)),
+    "cross-attention-values": ([CrossAttention(kv=False, batch_first=True)], (5, 4)),
+    "cross-attention-masked": ([CrossAttention(kv=False, mask=True)], (5, 4)),
+    "cross-attention-no-bias": ([CrossAttention(kv=True, bias=False)], (5, 4)),
+    "cross-attention-sizes": ([CrossAttention(kv=False, batch_first=True, kdim=3, vdim=2)], (5, 4)),
+    "cross-attention-one-key": ([CrossAttention(kv=False, batch_first=True)], (3, 4)),
+    "decoder": ([Decoder()], (5, 4)),
 }  # fmt: skip
 TOKENS = {
     "embedding": [nn.Embedding(7, 4)],
@@ -162,6 +206,12 @@ def test_known_layers_need_one_backward_pass(name, caplog):
     elif name == "conv2d-few-places-groups":
         assert type(G.blocks["body.0.weight"]) is StackedGradients
         assert len(G.blocks["body.0.weight"].blocks) == 2
+    elif name == "cross-attention-one-key":
+        assert list(G.blocks["body.0.inner.in_proj_weight"].blocks) == [
+            "rows 0:4",
+            "rows 4:8",
+            "rows 8:12",
+        ]
     elif "conv2d" in name:
         assert type(G.blocks["body.0.weight"]) is DenseGradients
 
@@ -172,9 +222,147 @@ def test_embeddings(name, caplog):
     model = Head(*TOKENS[name], inputs=(3,), tokens=True).double()
     rng = torch.Generator().manual_seed(3)
     x = torch.randint(0, 7, (5, 3), generator=rng)
+    x[0] = 2  # one word three times, which is the padding
     with caplog.at_level(logging.INFO, logger="invhvp"):
-        _check(model, x, torch.randint(0, 3, (5,), generator=rng))
+        G = _check(model, x, torch.randint(0, 3, (5,), generator=rng))
     assert "dense per-sample gradients" not in caplog.text
+    assert type(G.blocks["body.0.weight"]) is EmbeddingGradients
+
+
+def test_an_embedding_of_one_index_a_sample(caplog):
+    torch.manual_seed(0)
+    model = Head(nn.Embedding(7, 4), inputs=(), tokens=True).double()
+    x, y = torch.tensor([0, 3, 3, 6, 1]), torch.tensor([0, 1, 2, 0, 1])
+    with caplog.at_level(logging.INFO, logger="invhvp"):
+        G = _check(model, x, y)
+    assert "dense per-sample gradients" not in caplog.text
+    assert type(G.blocks["body.0.weight"]) is EmbeddingGradients
+
+
+def test_an_embedding_of_more_words_than_its_table_is_dense():
+    torch.manual_seed(0)
+    model = Head(nn.Embedding(3, 4), inputs=(9,), tokens=True).double()
+    rng = torch.Generator().manual_seed(3)
+    x = torch.randint(0, 3, (5, 9), generator=rng)
+    G = _check(model, x, torch.randint(0, 3, (5,), generator=rng))
+    assert type(G.blocks["body.0.weight"]) is DenseGradients
+
+
+@pytest.mark.parametrize("options", [{"sparse": True}, {"max_norm": 0.5}], ids=str)
+def test_options_of_embeddings(options, caplog):
+    torch.manual_seed(0)
+    model = Head(nn.Embedding(7, 4, **options), inputs=(3,), tokens=True).double()
+    x, y = torch.tensor([[0, 3, 3], [6, 1, 0], [2, 2, 2]]), torch.tensor([0, 1, 2])
+    with caplog.at_level(logging.INFO, logger="invhvp"):
+        G = it.per_sample_gradients(model, cross_entropy, x, y)
+    assert "dense per-sample gradients" not in caplog.text
+    parameters = list(model.parameters())
+    rows = []
+    for i in range(3):  # by hand, each sample alone
+        found = torch.autograd.grad(cross_entropy(model(x[i : i + 1]), y[i : i + 1]), parameters)
+        rows.append(torch.cat([g.to_dense().reshape(-1) for g in found]))
+    assert_close(G.to_dense(), torch.stack(rows))
+
+
+def test_gradients_that_depend_on_the_batch_are_refused():
+    model = Head(nn.Embedding(7, 4, scale_grad_by_freq=True), inputs=(3,), tokens=True)
+    x, y = torch.zeros(2, 3, dtype=torch.int64), torch.tensor([0, 1])
+    for compute in (it.per_sample_gradients, it.gauss_newton, it.hessian):
+        with pytest.raises(ValueError, match=r"Embedding 'body.0'.*set scale_grad_by_freq=False"):
+            compute(model, cross_entropy, (x, y))
+    model.body[0].requires_grad_(False)
+    it.per_sample_gradients(model, cross_entropy, (x, y))
+
+
+@pytest.mark.parametrize("words", [9, 40])
+def test_a_tied_embedding_is_the_sum_of_both_uses(words, caplog):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding = nn.Embedding(words, 16, padding_idx=1)
+            self.head = nn.Linear(16, words, bias=False)
+            self.head.weight = self.embedding.weight
+
+        def forward(self, x):
+            return self.head(torch.tanh(self.embedding(x)).mean(1))
+
+    torch.manual_seed(0)
+    x, y = (
+        torch.tensor([[0, 3, 3, 5, 5, 5], [6, 1, 1, 7, 0, 4], [2, 2, 2, 2, 2, 2]]),
+        torch.tensor([0, 1, 2]),
+    )
+    with caplog.at_level(logging.INFO, logger="invhvp"):
+        G = _check(Tied().double(), x, y)
+    assert "dense per-sample gradients" not in caplog.text
+    kind = type(G.blocks["embedding.weight"])
+    assert kind is (OuterProductGradients if words == 40 else DenseGradients)
+
+
+def test_parts_of_scores_of_a_model_in_numpy_arrays():
+    """Scores by block and by token from torch's factors, handed over without copies."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding = nn.Embedding(30, 16)
+            self.mix = nn.Linear(16, 16)
+            self.head = nn.Linear(16, 3)
+
+        def forward(self, x):
+            return self.head(torch.tanh(self.mix(self.embedding(x))).mean(1))
+
+    torch.manual_seed(0)
+    model, rng = Model().double(), torch.Generator().manual_seed(3)
+    x, y = torch.randint(0, 30, (6, 4), generator=rng), torch.randint(0, 3, (6,), generator=rng)
+    G = it.per_sample_gradients(model, cross_entropy, x, y, array_namespace=np)
+    inverse = ih.SampleSpace().prepare(ih.RankOneMean(G), damping=0.1)
+    influence = ih.Influence(inverse, G)
+    rows = reference(model, cross_entropy, x, y)[1].numpy()
+    X = np.linalg.solve(rows.T @ rows / 6 + 0.1 * np.eye(rows.shape[1]), rows[:2].T)
+    by_block = influence.scores_by_block(G[:2])
+    by_token = influence.scores_by_position(G[:2])
+    close = {"rtol": 0, "atol": 1e-12 * np.abs(rows).max() * np.abs(X).sum()}
+    for name, block in G.layout.items():
+        expected = (rows[:, block.indices] @ X[block.indices]).T
+        np.testing.assert_allclose(by_block[name], expected, **close)
+    positions = {name: parts.shape[2] for name, parts in by_token.items()}
+    assert positions == {"embedding.weight": 4, "mix.weight": 4, "head.weight": 1}
+    for name, parts in by_token.items():
+        np.testing.assert_allclose(parts.sum(axis=2), by_block[name], **close)
+    # By hand: what the gradient in each token's vector says.
+    h = model.embedding(x).detach().requires_grad_()
+    losses = cross_entropy(model.head(torch.tanh(model.mix(h)).mean(1)), y, reduction="sum")
+    (d,) = torch.autograd.grad(losses, h)
+    table = torch.from_numpy(X[G.layout["embedding.weight"].indices]).reshape(30, 16, 2)
+    expected = torch.einsum("ntd,ntdk->knt", d, table[x])
+    np.testing.assert_allclose(by_token["embedding.weight"], expected.numpy(), **close)
+
+
+def test_batches_of_either_form_are_joined():
+    """Sequences of three lengths: weights in three slices, in two, and dense where smaller."""
+    torch.manual_seed(0)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding = nn.Embedding(3, 4)
+            self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+            self.head = nn.Linear(4, 3)
+
+        def forward(self, x):
+            h = self.embedding(x)
+            k = h[:, 1:]
+            v = k if x.shape[1] == 3 else k.sin()
+            return self.head(self.attention(h[:, :1], k, v)[0].mean(1))
+
+    model, rng = Model().double(), torch.Generator().manual_seed(3)
+    batches = []
+    for length in (2, 3, 9):
+        x = torch.randint(0, 3, (2, length), generator=rng)
+        batches.append((x, torch.randint(0, 3, (2,), generator=rng)))
+    G = it.per_sample_gradients(model, cross_entropy, batches)
+    expected = [reference(model, cross_entropy, *batch)[1] for batch in batches]
+    assert_close(G.to_dense(), torch.cat(expected))
 
 
 @pytest.mark.parametrize("name", DENSE)
@@ -191,6 +379,44 @@ def test_anything_else_falls_back_to_exact_rows(name, caplog):
         _check(model, *_data(inputs))
     assert "dense per-sample gradients for body" in caplog.text
     assert "head" not in caplog.text
+
+
+class Bottleneck(nn.Module):
+    def __init__(self, n_in: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(n_in, width, 1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 3, stride, 1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+            nn.Conv2d(width, 4 * width, 1, bias=False),
+            nn.BatchNorm2d(4 * width),
+        )
+        skip = nn.Conv2d(n_in, 4 * width, 1, stride, bias=False)
+        self.skip = skip if n_in != 4 * width else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(self.body(x) + self.skip(x))
+
+
+@pytest.mark.slow
+def test_gradients_of_a_residual_network_fit_in_300_megabytes():
+    """64 samples of 32 x 32 pixels, 23.5 million parameters: dense rows are 6 GB."""
+    torch.manual_seed(0)
+    body, n_in = [nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.MaxPool2d(3, 2)], 64
+    for width, blocks, stride in ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2)):
+        for b in range(blocks):
+            body.append(Bottleneck(n_in, width, stride if b == 0 else 1))
+            n_in = 4 * width
+    model = nn.Sequential(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(n_in, 10)).eval()
+    x, y = torch.randn(64, 3, 32, 32), torch.randint(0, 10, (64,))
+    G = it.per_sample_gradients(model, cross_entropy, x, y, batch_size=16)
+    assert G.shape[1] > 23.5e6
+    assert G.nbytes < 300e6
+    row = torch.autograd.grad(cross_entropy(model(x[:1]), y[:1]), list(model.parameters()))
+    assert_close(G[:1].to_dense()[0], torch.cat([g.reshape(-1) for g in row]), 1e-4)
 
 
 class Shared(nn.Module):

@@ -1,0 +1,278 @@
+"""Against the other libraries: seconds to a given accuracy, which the harness measures itself.
+
+Every library runs in an interpreter of its own, on the same trained networks, data, dtype and one
+thread. Rounds are interleaved: all libraries once, then all again. What fails, diverges or
+runs over the cap is a row that says so.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .. import report
+from . import environments
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A network (see `networks.NETWORKS`), a matrix of it, and λ."""
+
+    network: str
+    matrix: str = "hessian"
+    damping: float = 1e-2
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """What is run."""
+
+    cases: tuple[Case, ...]
+    k: int = 16
+    batch: int = 256
+    rounds: int = 3
+    max_seconds: float = 60.0
+    peers: tuple[str, ...] = tuple(peer.name for peer in environments.PEERS)
+
+
+_HESSIANS = (
+    Case(network="logreg", damping=1e-3, dtype="float64"),
+    Case(network="mlp", dtype="float64"),
+    Case(network="cancer", dtype="float64"),
+    Case(network="diabetes", dtype="float64"),
+    Case(network="cnn"),
+    Case(network="mlp_wide"),
+    Case(network="transformer", damping=1e-1),
+)
+_OTHERS = (
+    Case(network="mlp", matrix="ggn", dtype="float64"),
+    Case(network="cnn", matrix="ggn"),
+    Case(network="mlp", matrix="fisher", dtype="float64"),
+    Case(network="mlp_wide", matrix="fisher"),
+)
+FULL = Grid(cases=_HESSIANS + _OTHERS)
+QUICK = Grid(
+    cases=(Case(network="logreg", damping=1e-1),),
+    k=2,
+    rounds=1,
+    max_seconds=10.0,
+    peers=("invhvp", "torch"),
+)
+
+
+def rows(grid: Grid) -> Iterator[dict[str, Any]]:
+    """One row for each case and contender."""
+    for case in grid.cases:
+        yield from _case(case, grid)
+
+
+def _case(case: Case, grid: Grid) -> Iterator[dict[str, Any]]:
+    import torch
+
+    from . import judge
+
+    given = judge.problem(
+        case.network, dtype=case.dtype, damping=case.damping, k=grid.k, batch=grid.batch
+    )
+    judged = judge.Judge(given, case.matrix)
+    where = {
+        "case": f"{case.network}, p = {judged.n}, N = {len(given['train'][0])}, "
+        f"{grid.k} right-hand sides, {case.dtype}",
+        "matrix": case.matrix,
+        "damping": case.damping,
+    }
+    seen: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "problem.pt"
+        torch.save(given, path)
+        for round_ in range(grid.rounds):
+            for peer in environments.PEERS:
+                if peer.name not in grid.peers:
+                    continue
+                again = None
+                if round_:  # once is enough for what fails or takes long
+                    again = [
+                        name
+                        for (owner, name), found in seen.items()
+                        if owner == peer.name and _total(found[-1]) < grid.max_seconds / 6
+                    ]
+                    if not again:
+                        continue
+                for row in _run(peer, case, path, Path(folder), grid, again):
+                    answer = row.pop("where", None)
+                    if answer is not None:
+                        loaded = torch.load(answer, weights_only=False)
+                        row.update(judged.metrics(loaded))
+                        Path(answer).unlink()
+                    seen.setdefault((peer.name, row["name"]), []).append(row)
+    for (owner, name), found in seen.items():
+        yield {**where, "library": owner, "method": name.split(": ", 1)[-1], **_merged(found)}
+
+
+def _total(row: dict[str, Any]) -> float:
+    return row["fit"] + row["solve"] if "fit" in row else float("inf")
+
+
+def _run(
+    peer: environments.Peer,
+    case: Case,
+    problem: Path,
+    folder: Path,
+    grid: Grid,
+    again: list[str] | None,
+) -> list[dict[str, Any]]:
+    """The rows of one library, in its own interpreter."""
+    here = Path(__file__).parent
+    try:
+        python = environments.interpreter(peer)
+    except environments.UnavailableError as error:
+        return [{"name": f"{case.matrix}: everything", "failed": str(error)}]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+    environment |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+    if peer.requires is None:
+        environment["PYTHONPATH"] = os.pathsep.join(_our_folders())
+    names = again
+    if names is None:
+        names = [name for name in contenders(peer) if name.startswith(f"{case.matrix}: ")]
+    if not names:
+        return []
+    command = [python, here / "worker.py", peer.side, problem, folder, str(grid.max_seconds)]
+    done = subprocess.run(
+        [*map(str, command), *names],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+        cwd=folder,
+    )
+    found = [json.loads(line[4:]) for line in done.stdout.splitlines() if line.startswith("ROW ")]
+    missing = [name for name in names if name not in {row["name"] for row in found}]
+    last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+    return found + [{"name": name, "failed": f"did not start: {last[:160]}"} for name in missing]
+
+
+def contenders(peer: environments.Peer) -> list[str]:
+    """Names of what a library runs, read without importing it."""
+    import ast
+
+    tree = ast.parse((Path(__file__).parent / f"{peer.side}.py").read_text())
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
+            target = node.targets[0]
+            if isinstance(target, ast.Name) and target.id == "CONTENDERS":
+                return [k.value for k in node.value.keys if isinstance(k, ast.Constant)]
+    msg = f"{peer.side} has no table CONTENDERS"
+    raise ValueError(msg)
+
+
+def _our_folders() -> list[str]:
+    import invhvp
+    import invhvp_torch
+
+    found = [Path(str(m.__file__)).parents[1] for m in (invhvp, invhvp_torch)]
+    return [str(path) for path in dict.fromkeys(found)]
+
+
+def _merged(found: list[dict[str, Any]]) -> dict[str, Any]:
+    """Medians and the spread over the rounds; accuracy of the last."""
+    good = [row for row in found if "fit" in row]
+    if not good:
+        return {"failed": found[-1]["failed"]}
+    totals = sorted(_total(row) for row in good)
+    return {
+        "fit": statistics.median(row["fit"] for row in good),
+        "solve": statistics.median(row["solve"] for row in good),
+        "seconds": statistics.median(totals),
+        "spread": [totals[0], totals[-1]],
+        "rounds": len(good),
+        "peak_mib": max(row["peak_mib"] for row in good),
+        "residual": good[-1].get("residual"),
+        "error": good[-1].get("error"),
+        "spearman": good[-1].get("spearman"),
+        "said": good[-1].get("said", ""),
+    }
+
+
+def markdown(found: list[dict[str, Any]]) -> str:
+    """A table for each case, fastest to a true residual of 1e-3 first."""
+    parts = [_LEGEND]
+    for (case, matrix, damping), group in report.grouped(found, "case", "matrix", "damping"):
+        parts.append(f"## {_TITLES[matrix]}: {case}, λ = {damping:.0e}")
+        parts.append(report.table(_HEAD, [_line(row) for row in sorted(group, key=_order)]))
+        summary = best(group)
+        if summary:
+            parts.append(summary)
+    return "\n\n".join(parts)
+
+
+def best(group: list[dict[str, Any]]) -> str:
+    """Our fastest against the fastest peer, at each accuracy that both reach."""
+    said = []
+    for goal in (1e-3, 1e-6):
+        reached = [row for row in group if row.get("residual") and row["residual"] <= 2 * goal]
+        own = [
+            row for row in reached if row["library"] == "invhvp" and "SciPy" not in row["method"]
+        ]
+        other = [row for row in reached if row not in own]
+        if own and other:
+            a, b = (min(rows, key=lambda row: row["seconds"]) for rows in (own, other))
+            said.append(
+                f"to a true residual of {goal:.0e}, {a['method']} takes {a['seconds']:.2g} s, the "
+                f"fastest peer ({b['library']} {b['method']}) {b['seconds']:.2g} s: "
+                f"**{b['seconds'] / a['seconds']:.1f} ×**"
+            )
+        elif own:
+            said.append(f"to a true residual of {goal:.0e} no peer gets within the cap")
+    return ("; ".join(said) + ".").capitalize() if said else ""
+
+
+def _order(row: dict[str, Any]) -> tuple[int, float]:
+    residual = row.get("residual")
+    if residual is None:
+        return (3 if "failed" in row else 2, row.get("seconds", 0.0))
+    for rank, goal in enumerate((2e-6, 2e-3)):
+        if residual <= goal:
+            return (rank, row["seconds"])
+    return (2, residual)
+
+
+def _line(row: dict[str, Any]) -> list[str]:
+    name = f"{row['library']} {row['method']}"
+    name = f"**{name}**" if row["library"] == "invhvp" else name
+    if "failed" in row:
+        return [name, "–", "–", "–", "–", "–", "–", row["failed"]]
+    low, high = row["spread"]
+    spearman = row.get("spearman")
+    return [
+        name,
+        f"{row['fit']:.2g}",
+        f"{row['solve']:.2g}",
+        f"{row['seconds']:.2g} ({low:.2g}–{high:.2g})",
+        report.number(row.get("residual")),
+        report.number(row.get("error")),
+        "–" if spearman is None else f"{spearman:.3f}",
+        f"{row['said']}; {row['peak_mib']:.0f} MiB".removeprefix("; "),
+    ]
+
+
+_HEAD = [
+    "library, method", "fit, s", "solve, s", "both, s", "true residual", "error", "Spearman",
+    "says; peak memory",
+]  # fmt: skip
+_TITLES = {"hessian": "Hessian", "ggn": "Gauss–Newton", "fisher": "Empirical Fisher"}
+_LEGEND = """\
+# Against the peers
+
+Seconds are medians (least–most) of interleaved rounds on one thread, without imports; what takes
+more than a sixth of the cap runs once. The residual is the largest relative one of all right-hand
+sides, the error the median of ‖x − x*‖/‖x*‖, both against the exact matrix of the title in
+float64; Spearman is the mean rank correlation of a test point's scores with exact ones. Methods
+that approximate another matrix are judged by the same one: that is what they are used for."""

@@ -1,0 +1,82 @@
+"""curvlinops: CG, Neumann and Kronecker inverses of its own operators."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from curvlinops import (
+    CGInverseLinearOperator,
+    EFLinearOperator,
+    EKFACLinearOperator,
+    GGNLinearOperator,
+    HessianLinearOperator,
+    KFACInverseLinearOperator,
+    KFACLinearOperator,
+    NeumannInverseLinearOperator,
+)
+from curvlinops.examples import IdentityLinearOperator
+
+MODULES = {"cross_entropy": torch.nn.CrossEntropyLoss, "mse": torch.nn.MSELoss}
+
+
+def _operator(problem: Any, kind: Any, **options: Any) -> Any:
+    loss = MODULES[problem.loss_name]()
+    return kind(problem.model, loss, problem.parameters(), list(problem.loader()), **options)
+
+
+def _damped(problem: Any, kind: Any) -> Any:
+    A = _operator(problem, kind)
+    return A + problem.damping * IdentityLinearOperator(
+        [q.shape for q in problem.parameters()], *_where(problem)
+    )
+
+
+def _where(problem: Any) -> tuple[Any, Any]:
+    first = problem.parameters()[0]
+    return first.device, first.dtype
+
+
+def _cg(kind: Any, **options: Any) -> Any:
+    def prepare(problem: Any) -> Any:
+        inverse = CGInverseLinearOperator(_damped(problem, kind), **options)
+        return lambda: (inverse @ problem.gradients().T).T.detach()
+
+    return prepare
+
+
+def _neumann(problem: Any) -> Any:
+    A = _damped(problem, HessianLinearOperator)
+    # The largest step that its documentation allows needs the largest eigenvalue.
+    v = torch.ones(A.shape[0], dtype=_where(problem)[1])
+    for _ in range(15):
+        v = A @ (v / v.norm())
+    inverse = NeumannInverseLinearOperator(A, num_terms=100, scale=float(1 / v.norm()))
+    return lambda: (inverse @ problem.gradients().T).T.detach()
+
+
+def _kronecker(kind: Any, **options: Any) -> Any:
+    def prepare(problem: Any) -> Any:
+        K = _operator(problem, kind, separate_weight_and_bias=False, **options)
+        inverse = KFACInverseLinearOperator(K, damping=problem.damping, use_exact_damping=True)
+        # Factors are computed at the first product.
+        G = problem.gradients().T
+        inverse @ G[:, :1]
+        return lambda: (inverse @ G).T.detach()
+
+    return prepare
+
+
+CONTENDERS = {
+    "hessian: CGInverse, defaults": _cg(HessianLinearOperator),
+    "hessian: CGInverse to 1e-3": _cg(HessianLinearOperator, tolerance=1e-3, max_iter=10_000),
+    "hessian: CGInverse to 1e-6": _cg(HessianLinearOperator, tolerance=1e-6, max_iter=10_000),
+    "hessian: Neumann 100": _neumann,
+    "hessian: K-FAC": _kronecker(KFACLinearOperator, fisher_type="type-2"),
+    "hessian: EKFAC": _kronecker(EKFACLinearOperator, fisher_type="type-2"),
+    "ggn: CGInverse to 1e-3": _cg(GGNLinearOperator, tolerance=1e-3, max_iter=10_000),
+    "ggn: K-FAC": _kronecker(KFACLinearOperator, fisher_type="type-2"),
+    "ggn: EKFAC": _kronecker(EKFACLinearOperator, fisher_type="type-2"),
+    "fisher: CGInverse to 1e-3": _cg(EFLinearOperator, tolerance=1e-3, max_iter=10_000),
+    "fisher: EKFAC": _kronecker(EKFACLinearOperator, fisher_type="empirical"),
+}

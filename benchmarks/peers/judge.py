@@ -1,0 +1,125 @@
+"""What is true: exact solutions and scores in float64, and how far an answer is from them."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import scipy.linalg
+import scipy.stats
+import torch
+
+import invhvp as ih
+import invhvp_torch as it
+
+from .networks import LOSSES, NETWORKS, Problem
+
+_DENSE = 6000  # parameters up to which the matrix is formed
+
+
+def problem(network: str, *, dtype: str, damping: float, k: int, batch: int) -> dict[str, Any]:
+    """A trained network on real data, and the k test points on which it is worst."""
+    x, y, loss = _data(network)
+    n = int(0.8 * len(x)) if len(x) < 1500 else 1280
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = NETWORKS[network]().double()
+        _train(model, LOSSES[loss], x[:n], y[:n])
+    with torch.no_grad():
+        losses = torch.stack(
+            [LOSSES[loss](model(a[None]), b[None]) for a, b in zip(x[n:], y[n:], strict=True)]
+        )
+    hard = n + torch.argsort(losses, descending=True)[:k]
+    kind = getattr(torch, dtype)
+
+    def cast(t: Any) -> Any:
+        return t.to(kind) if t.dtype.is_floating_point else t
+
+    return {
+        "network": network,
+        "loss": loss,
+        "state": {name: cast(t) for name, t in model.state_dict().items()},
+        "train": (cast(x[:n]), cast(y[:n])),
+        "test": (cast(x[hard]), cast(y[hard])),
+        "damping": damping,
+        "batch": batch,
+    }
+
+
+class Judge:
+    """Residuals, errors and rank correlations against one matrix, in float64."""
+
+    def __init__(self, given: dict[str, Any], kind: str) -> None:
+        wide = copy.copy(given)
+        for name in ("train", "test"):
+            wide[name] = tuple(t.double() if t.dtype.is_floating_point else t for t in given[name])
+        wide["state"] = {name: t.double() for name, t in given["state"].items()}
+        p = Problem(wide)
+        build = {"hessian": it.hessian, "ggn": it.gauss_newton, "fisher": it.empirical_fisher}[kind]
+        self.A = build(p.model, p.loss, p.train)
+        self.n = self.A.shape[0]
+        self.damping = given["damping"]
+        self.B = p.gradients().T
+        self.exact = self._solve()
+        self.train = it.per_sample_gradients(p.model, p.loss, *p.train)
+        self.scores = (self.train @ self.exact).numpy().T
+
+    def _solve(self) -> Any:
+        if self.n <= _DENSE:
+            M = self.A.to_dense().numpy()
+            M = (M + M.T) / 2 + self.damping * np.eye(self.n)
+            return torch.from_numpy(scipy.linalg.solve(M, self.B.numpy(), assume_a="sym"))
+        method = ih.SampleSpace(rtol=1e-11) if hasattr(self.A, "gradients") else None
+        method = method or ih.BlockCG(rtol=1e-10)
+        return ih.solve(self.A, self.B, method, damping=self.damping).raise_if_failed().x
+
+    def metrics(self, answer: Any) -> dict[str, float]:
+        """The largest relative residual, the median relative error, the mean rank correlation."""
+        if isinstance(answer, dict):
+            scores = answer["scores"].double().numpy()
+            return {"spearman": self._spearman(scores)}
+        X = answer.double().T
+        if not bool(torch.isfinite(X).all()):
+            return {"residual": float("inf"), "error": float("inf"), "spearman": float("nan")}
+        R = self.B - self.A @ X - self.damping * X
+        error = (X - self.exact).norm(dim=0) / self.exact.norm(dim=0)
+        return {
+            "residual": float((R.norm(dim=0) / self.B.norm(dim=0)).max()),
+            "error": float(error.median()),
+            "spearman": self._spearman((self.train @ X).numpy().T),
+        }
+
+    def _spearman(self, scores: np.ndarray) -> float:
+        pairs = zip(scores, self.scores, strict=True)
+        return float(np.mean([scipy.stats.spearmanr(a, b).statistic for a, b in pairs]))
+
+
+def _data(network: str) -> tuple[Any, Any, str]:
+    from sklearn import datasets
+
+    if network == "diabetes":
+        x, y = datasets.load_diabetes(return_X_y=True, scaled=False)
+        y = ((y - y.mean()) / y.std())[:, None]
+    elif network == "cancer":
+        x, y = datasets.load_breast_cancer(return_X_y=True)
+    else:
+        x, y = datasets.load_digits(return_X_y=True)
+        x = x / 16.0
+    if network in ("diabetes", "cancer"):
+        x = (x - x.mean(0)) / x.std(0)
+        order = np.random.default_rng(0).permutation(len(x))
+        x, y = x[order], y[order]
+    loss = "mse" if network == "diabetes" else "cross_entropy"
+    return torch.from_numpy(np.asarray(x)), torch.from_numpy(np.asarray(y)), loss
+
+
+def _train(model: Any, loss: Any, x: Any, y: Any) -> None:
+    """Adam with weight decay on whole batches."""
+    size = sum(q.numel() for q in model.parameters())
+    optimiser = torch.optim.Adam(model.parameters(), lr=3e-3, weight_decay=1e-3)
+    for _ in range(300 if size < 50_000 else 150):
+        optimiser.zero_grad()
+        loss(model(x), y).backward()
+        optimiser.step()
+    model.zero_grad()

@@ -1,0 +1,143 @@
+"""invhvp's methods, and SciPy's CG on the same operator."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import scipy.sparse.linalg
+import torch
+
+import invhvp as ih
+import invhvp_torch as it
+
+
+def _curvature(problem: Any, kind: str) -> Any:
+    build = {"hessian": it.hessian, "ggn": it.gauss_newton, "fisher": it.empirical_fisher}[kind]
+    return build(problem.model, problem.loss, problem.train)
+
+
+def _solved(inverse: Any, problem: Any) -> Any:
+    def solve() -> Any:
+        G = it.per_sample_gradients(problem.model, problem.loss, *problem.test)
+        solution = inverse.solve(G)
+        names = Counter(status.name for status in solution.status)
+        said = f"{', '.join(names)}, {solution.passes} passes"
+        return solution.x.T, said
+
+    return solve
+
+
+def _method(kind: str, method: Any) -> Any:
+    """`method` is a Method, or a function of the problem that gives one."""
+
+    def prepare(problem: Any) -> Any:
+        A = _curvature(problem, kind)
+        chosen = method(problem) if callable(method) else method
+        return _solved(chosen.prepare(A, damping=problem.damping), problem)
+
+    return prepare
+
+
+def _on_gauss_newton(inner: Any, **options: Any) -> Any:
+    def method(problem: Any) -> Any:
+        K = _curvature(problem, "ggn")
+        return ih.BlockCG(preconditioner=ih.Surrogate(K, inner), **options)
+
+    return method
+
+
+def _on_ekfac(**options: Any) -> Any:
+    def method(problem: Any) -> Any:
+        K = it.ekfac(problem.model, problem.loss, problem.train)
+        return ih.BlockCG(preconditioner=ih.Surrogate(K), **options)
+
+    return method
+
+
+def _ekfac(**options: Any) -> Any:
+    def prepare(problem: Any) -> Any:
+        K = it.ekfac(problem.model, problem.loss, problem.train, **options)
+        inverse = ih.Direct().prepare(K, damping=problem.damping)
+
+        def solve() -> Any:
+            G = it.per_sample_gradients(problem.model, problem.loss, *problem.test)
+            return (inverse @ G.to_dense().T).T
+
+        return solve
+
+    return prepare
+
+
+def _kfac(problem: Any) -> Any:
+    K = it.kfac(problem.model, problem.loss, problem.train)
+    inverse = ih.Direct().prepare(K, damping=problem.damping)
+
+    def solve() -> Any:
+        G = it.per_sample_gradients(problem.model, problem.loss, *problem.test)
+        return (inverse @ G.to_dense().T).T
+
+    return solve
+
+
+def _scipy(rtol: float) -> Any:
+    def prepare(problem: Any) -> Any:
+        H = it.hessian(problem.model, problem.loss, problem.train, array_namespace=np)
+        n = H.shape[0]
+
+        def product(v: Any) -> Any:
+            return H @ v + problem.damping * v
+
+        A = scipy.sparse.linalg.LinearOperator((n, n), matvec=product, dtype=H.dtype)
+
+        def solve() -> Any:
+            G = problem.gradients().numpy()
+            found = [scipy.sparse.linalg.cg(A, g, rtol=rtol)[0] for g in G]
+            return torch.from_numpy(np.stack(found))
+
+        return solve
+
+    return prepare
+
+
+def _block(rtol: float, preconditioner: Any = None) -> Any:
+    return ih.BlockCG(rtol=rtol, preconditioner=preconditioner)
+
+
+NYSTROEM = ih.NystroemPreconditioner(rank=50, rng=0)
+
+CONTENDERS = {
+    "hessian: Direct": _method("hessian", ih.Direct()),
+    "hessian: CG to 1e-3": _method("hessian", ih.CG(rtol=1e-3)),
+    "hessian: BlockCG to 1e-3": _method("hessian", _block(1e-3)),
+    "hessian: BlockCG to 1e-6": _method("hessian", _block(1e-6)),
+    "hessian: BlockCG to 1e-3, Nyström 50": _method("hessian", _block(1e-3, NYSTROEM)),
+    "hessian: BlockCG to 1e-3, Gauss–Newton exact": _method(
+        "hessian", _on_gauss_newton(ih.SampleSpace(), rtol=1e-3)
+    ),
+    "hessian: BlockCG to 1e-6, Gauss–Newton exact": _method(
+        "hessian", _on_gauss_newton(ih.SampleSpace(), rtol=1e-6)
+    ),
+    "hessian: BlockCG to 1e-3, Gauss–Newton Nyström 100": _method(
+        "hessian", _on_gauss_newton(ih.NystroemPreconditioner(rank=100, rng=0), rtol=1e-3)
+    ),
+    "hessian: BlockCG to 1e-6, Gauss–Newton Nyström 100": _method(
+        "hessian", _on_gauss_newton(ih.NystroemPreconditioner(rank=100, rng=0), rtol=1e-6)
+    ),
+    "hessian: BlockCG to 1e-3, EKFAC": _method("hessian", _on_ekfac(rtol=1e-3)),
+    "hessian: LiSSA, defaults": _method("hessian", ih.LiSSA()),
+    "hessian: Arnoldi 50": _method("hessian", ih.Arnoldi(rank=50)),
+    "hessian: NystroemSketch 50": _method("hessian", ih.NystroemSketch(rank=50)),
+    "hessian: InverseHarmonicMean": _method("fisher", ih.InverseHarmonicMean()),
+    "hessian: K-FAC": _kfac,
+    "hessian: EKFAC": _ekfac(),
+    "hessian: SciPy CG to 1e-3": _scipy(1e-3),
+    "ggn: SampleSpace": _method("ggn", ih.SampleSpace()),
+    "ggn: BlockCG to 1e-3": _method("ggn", _block(1e-3)),
+    "ggn: K-FAC": _kfac,
+    "ggn: EKFAC": _ekfac(),
+    "fisher: SampleSpace": _method("fisher", ih.SampleSpace()),
+    "fisher: BlockCG to 1e-3": _method("fisher", _block(1e-3)),
+    "fisher: EKFAC": _ekfac(fisher="empirical"),
+}

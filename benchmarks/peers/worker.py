@@ -1,0 +1,108 @@
+"""Runs the contenders of one library in its own interpreter: worker.py LIBRARY PROBLEM OUT NAMES.
+
+Each contender runs in a forked child, so that one that is killed at the cap, runs out of memory
+or crashes takes nothing along, and its peak of memory is its own.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import resource
+import signal
+import sys
+import time
+import traceback
+import warnings
+from pathlib import Path
+
+
+def main() -> None:
+    library, problem_path, out, cap, *names = sys.argv[1:]
+    sys.path.insert(0, str(Path(__file__).parent))
+    warnings.simplefilter("ignore")
+    import torch
+
+    torch.set_num_threads(1)
+    from networks import Problem
+
+    side = importlib.import_module(library)
+    given = torch.load(problem_path, weights_only=False)
+    chosen = names or list(side.CONTENDERS)
+    for name in chosen:
+        row = forked(side, Problem(given), name, Path(out), float(cap))
+        print("ROW " + json.dumps(row), flush=True)
+
+
+def forked(side, problem, name: str, folder: Path, cap: float) -> dict:
+    """One contender in a child; what it said, or how it ended."""
+    where = folder / f"{side.__name__}-{abs(hash(name))}.pt"
+    read, write = os.pipe()
+    cap += 10  # of warming up
+    started = time.perf_counter()
+    child = os.fork()
+    if child == 0:
+        os.close(read)
+        said = run(side, problem, name, where)
+        os.write(write, json.dumps(said).encode())
+        os._exit(0)
+    os.close(write)
+    base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    while True:
+        ended, status, usage = os.wait4(child, os.WNOHANG)
+        if ended:
+            break
+        if time.perf_counter() - started > cap:
+            os.kill(child, signal.SIGKILL)
+            os.wait4(child, 0)
+            return {"name": name, "failed": f"over the cap of {cap - 10:.0f} s"}
+        time.sleep(0.002)
+    with os.fdopen(read, "rb") as pipe:
+        text = pipe.read()
+    row = json.loads(text) if text else {"failed": f"died of signal {status & 127}"}
+    peak = max(0, usage.ru_maxrss - base) / 1024
+    if "failed" in row:
+        return {"name": name, **row}
+    return {"name": name, **row, "peak_mib": peak, "where": str(where)}
+
+
+def warm_up(contender, problem) -> None:
+    """A run on very few samples: libraries import and compile at the first call."""
+
+    def stop(*_):
+        raise TimeoutError
+
+    signal.signal(signal.SIGALRM, stop)
+    signal.alarm(10)
+    try:
+        contender(problem.tiny())()
+    except Exception:
+        pass
+    finally:
+        signal.alarm(0)
+
+
+def run(side, problem, name: str, where: Path) -> dict:
+    """Fit and solve, timed apart; the answer is saved outside both."""
+    import torch
+
+    warm_up(side.CONTENDERS[name], problem)
+    try:
+        started = time.perf_counter()
+        solve = side.CONTENDERS[name](problem)
+        fitted = time.perf_counter()
+        answer = solve()
+        solved = time.perf_counter()
+    except BaseException as error:
+        last = traceback.format_exception_only(error)[-1].strip().splitlines()[0]
+        return {"failed": f"raised {last[:160]}"}
+    said = ""
+    if isinstance(answer, tuple):
+        answer, said = answer
+    torch.save(answer, where)
+    return {"fit": fitted - started, "solve": solved - fitted, "said": said}
+
+
+if __name__ == "__main__":
+    main()
