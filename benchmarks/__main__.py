@@ -1,4 +1,4 @@
-"""python -m benchmarks SUITE [--quick] [--cap SECONDS] [--out DIR]."""
+"""python -m benchmarks SUITE [--case TEXT] [--quick] [--cap SECONDS] [--out DIR]."""
 
 from __future__ import annotations
 
@@ -9,13 +9,17 @@ from pathlib import Path
 
 from . import (
     collection,
+    engine,
+    floor,
     forms,
     gauss_newton,
+    growth,
     hessian_products,
     methods,
     peers,
     preconditioners,
     report,
+    spectrum,
 )
 
 SUITES = {
@@ -26,6 +30,10 @@ SUITES = {
     "preconditioners": preconditioners,
     "peers": peers,
     "collection": collection,
+    "engine": engine,
+    "floor": floor,
+    "growth": growth,
+    "spectrum": spectrum,
 }
 
 
@@ -34,6 +42,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("suite", choices=SUITES, help="what to measure")
     parser.add_argument("--quick", action="store_true", help="a small case in a few seconds")
+    parser.add_argument(
+        "--case",
+        metavar="TEXT",
+        help="only cases whose description contains TEXT; results of others are kept",
+    )
     parser.add_argument("--cap", type=float, metavar="SECONDS", help="limit of a row")
     parser.add_argument(
         "--out",
@@ -45,16 +58,24 @@ def main(arguments: list[str] | None = None) -> int:
     grid = suite.QUICK if options.quick else suite.FULL
     if options.cap is not None:
         grid = dataclasses.replace(grid, max_seconds=options.cap)
+    if options.case is not None:
+        there = getattr(grid, "cases", ())
+        chosen = tuple(case for case in there if options.case in repr(case))
+        if not chosen:
+            parser.error(f"no case contains {options.case!r}; there are {list(there)}")
+        grid = dataclasses.replace(grid, cases=chosen)
     rows = []
     for row in suite.rows(grid):
         rows.append(row)
         if sys.stderr.isatty():
             print(f"\r{len(rows)} rows", end="", file=sys.stderr, flush=True)
     limits = {f.name: getattr(grid, f.name) for f in dataclasses.fields(grid) if f.name != "cases"}
+    out = options.out or (None if options.quick else report.RESULTS)
+    if options.case is not None and out is not None:
+        rows = report.kept(out, options.suite, rows) + rows
     content = report.document(options.suite, rows, {"quick": options.quick, **limits})
     text = f"{suite.markdown(content['rows'])}\n\n{report.circumstances(content)}"
     print(text)
-    out = options.out or (None if options.quick else report.RESULTS)
     if out is not None:
         report.write(out, options.suite, content, text)
     return 0

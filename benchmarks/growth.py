@@ -21,27 +21,26 @@ from . import report
 from .floor import Machine, machine
 from .gpu_libraries import Library
 from .growth_costs import QUANTITIES, Quantity, Sizes
-from .growth_plan import ASSUMED, Assumed, on_paper
+from .growth_plan import on_paper
 
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
     """What is run: the sizes in the middle, how often each is doubled, from which factor of it."""
 
-    N: int = 256
-    width: int = 128
+    N: int = 512
+    width: int = 256
     k: int = 8
-    T: int = 4
+    T: int = 8
     doublings: int = 3
-    first: float = 0.5  # of the middle
+    first: float = 0.25  # of the middle
     repeats: int = 3
     gemm: int = 1536
-    assumed: Assumed = ASSUMED
-    max_seconds: float = 20.0  # of a point, after the first run
+    max_seconds: float = 4.0  # of a point, beyond the run that exceeds it
 
 
 FULL = Grid()
-QUICK = Grid(N=16, width=8, k=2, T=2, doublings=1, repeats=1, gemm=128)
+QUICK = Grid(N=32, width=8, k=4, T=4, doublings=1, repeats=1, gemm=128)
 
 
 def rows(grid: Grid) -> Iterator[dict[str, Any]]:
@@ -65,7 +64,7 @@ def rows(grid: Grid) -> Iterator[dict[str, Any]]:
             yield _fit(quantity.name, axis, expected, points)
             _, seconds, least = points[-1]
             efficiency[quantity.name] = max(efficiency.get(quantity.name, 0.0), least / seconds)
-    yield from _planned(limits, efficiency, grid.assumed)
+    yield from _planned(limits, efficiency)
 
 
 def _possible(quantity: Quantity) -> bool:
@@ -127,10 +126,8 @@ def _fit(
     }
 
 
-def _planned(
-    limits: Machine, efficiency: dict[str, float], assumed: Assumed
-) -> Iterator[dict[str, Any]]:
-    for row in on_paper(limits, efficiency, assumed):
+def _planned(limits: Machine, efficiency: dict[str, float]) -> Iterator[dict[str, Any]]:
+    for row in on_paper(limits, efficiency):
         yield {"section": "paper", **row}
 
 
@@ -206,11 +203,11 @@ def _time(seconds: float | None) -> str:
 _LEGEND = """\
 # How costs grow
 
-Each size doubled from half of the middle on, the others fixed; the best of a few runs. "Fitted" is
-the slope of log time over log size; below its limit where something that does not grow weighs
-(calls, the other sizes). The floor is the flops and words that are needed, at the measured speed of
-a matrix product and of a copy. The last column predicts the largest point from the one before it
-and the growth of the floor alone: 1 means that the plan below extrapolates rightly."""
+Each size doubled from a quarter of the middle on, the others fixed; the best of a few runs.
+"Fitted" is the slope of log time over log size; below its limit where something that does not grow
+weighs (calls, the other sizes). The floor is the flops and words that are needed, at the measured
+speed of a matrix product and of a copy. The last column predicts the largest point from the one
+before it and the growth of the floor alone: 1 means that the plan below extrapolates rightly."""
 
 _PAPER = """\
 Times are the flops and words of the formulas behind the tables above, at this machine's measured

@@ -1,4 +1,4 @@
-"""What is doubled: each quantity with its setup, the flops and words it needs, and how they grow."""
+"""What is doubled: each quantity with its setup, what it needs at least, and how that grows."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def _hessian(s: Sizes) -> Callable[[], None]:
     import invhvp_torch as it
 
     H, V = it.hessian(*network(s)), _columns(s)
-    H @ V[:, :1]
+    _no(H @ V[:, :1])  # what is kept from the first product on is made here
     return lambda: _no(H @ V)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import importlib.metadata
+import json
 import math
 import os
 import platform
@@ -41,6 +42,21 @@ def write(folder: Path, kind: str, content: dict[str, Any], text: str) -> list[P
     files.write_json(paths[0], content)
     files.write(paths[1], text + "\n")
     return paths
+
+
+def kept(folder: Path, kind: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of earlier results of the same schema, of cases that are not among `rows`."""
+    path = folder / f"{kind}.json"
+    if not path.exists():
+        return []
+    found = json.loads(path.read_text(encoding="utf-8"))
+    fresh = {_case(row) for row in rows}
+    same = found.get("schema") == f"{SCHEMA}/{kind}"
+    return [row for row in found["rows"] if same and _case(row) not in fresh]
+
+
+def _case(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row.get(key) for key in ("case", "matrix", "damping"))
 
 
 def machine() -> dict[str, Any]:

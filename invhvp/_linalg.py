@@ -55,11 +55,10 @@ def gram(X: Array, Y: Array | None = None, *, reduce: Reduce | None = None) -> A
 
 def column_dot(X: Array, Y: Array, *, reduce: Reduce | None = None) -> Array:
     """The k inner products of matching columns, as a small float64 array of shape (k,)."""
-    xp = _backend.namespace(X)
-    parts = []
-    for rows in _row_chunks(X.shape[0]):
-        product = _working(X[rows, :]) * _working(Y[rows, :])
-        parts.append(xp.sum(product, axis=0, dtype=product.dtype))
+    parts = [
+        _backend.column_sums(_working(X[rows, :]) * _working(Y[rows, :]))
+        for rows in _row_chunks(X.shape[0])
+    ]
     return _sum_chunks(parts, X, reduce)
 
 
@@ -77,8 +76,9 @@ def column_norms(X: Array, *, reduce: Reduce | None = None) -> Array:
         square = column_dot(X, X)
         # Entries whose squares vanish are at most 1e-8 of such a sum.
         least = 1e-280 if _backend.eps(X.dtype) < 2.0**-30 else 1e-30 * (1 + X.shape[0])
-        if bool(xp.all((square > least) & (square < least**-1))):
-            return xp.sqrt(square)  # the usual case, and a look is free on the host
+        small = _backend.namespace(square)
+        if bool(small.all((square > least) & (square < least**-1))):
+            return small.sqrt(square)  # the usual case, and a look is free on the host
     largest = xp.max(xp.abs(X), axis=0) if X.shape[0] else xp.zeros_like(X[0, :])
     usable = (largest > 0) & (largest < math.inf)  # Inf stays Inf, without Inf/Inf on the way
     scale = xp.where(usable, largest, xp.ones_like(largest))
@@ -115,6 +115,10 @@ def unit_diagonal(G: Array) -> tuple[Array, Array, Array]:
     """
     xp = _backend.namespace(G)
     diagonal = xp.linalg.diagonal(G)
+    positive = xp.all(diagonal > 0)
+    if _backend.is_numpy(G) and bool(positive):
+        d = xp.sqrt(diagonal)
+        return G / (d[:, None] * d[None, :]), d, positive
     empty = xp.max(xp.abs(G), axis=1) == 0
     good = (diagonal > 0) | empty
     one = xp.ones_like(diagonal)

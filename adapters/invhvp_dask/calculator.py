@@ -21,6 +21,7 @@ from .checks import (
     DisableClientSingleThreadCheck,
     InvalidDimensionChunksError,
     check_aligned,
+    check_mode,
     check_rows,
     check_threads,
 )
@@ -139,7 +140,7 @@ class DaskInfluenceCalculator:
         """Influences (n_test, n_train), or (n_test, n_train, *x.shape[1:]) for Perturbation.
 
         Without x and y the test samples meet themselves. Raises as `influence_factors`, and
-        ValueError for x without y or the reverse.
+        ValueError for x without y or the reverse, or an unknown mode.
         """
         if (x is None) != (y is None):
             msg = "x and y belong together: pass both, or neither for the test samples"
@@ -154,6 +155,11 @@ class DaskInfluenceCalculator:
         """As `influences`, for factors (n_test, p) that are there already: a Zarr array, say."""
         check_rows(z_test_factors, "z_test_factors")
         check_aligned(x, y, ("x", "y"))
+        check_mode(mode)
+        p = int(self.influence_function_model.n_parameters)
+        if z_test_factors.ndim != 2 or z_test_factors.shape[1] != p:
+            msg = f"z_test_factors must have shape (N, {p}), got {z_test_factors.shape}"
+            raise ValueError(msg)
         moved = str(mode) == "perturbation"
         features = tuple(f"x{i}" for i in range(1, x.ndim))
         out = ("test", "train", *(features if moved else ()))
@@ -206,8 +212,8 @@ class DaskInfluenceCalculator:
                 dimension_names=names,
                 attributes={"invhvp": {"model": repr(self.influence_function_model)}},
             )
-        except zarr.errors.ContainsArrayError as error:
-            msg = f"{store} holds an array already; pass overwrite=True to replace it"
+        except (zarr.errors.ContainsArrayError, zarr.errors.ContainsGroupError) as error:
+            msg = f"{store} holds an array or a group already; pass overwrite=True to replace it"
             raise FileExistsError(msg) from error
         da.store(regular, stored, lock=False)  # aligned: the chunks of both are the same
         return stored

@@ -41,6 +41,13 @@ def check_threads(model: Any, client: Any) -> None:
         raise ThreadSafetyViolationError(msg)
 
 
+def check_mode(mode: Any) -> None:
+    """Raise ValueError unless `mode` is one that influence models have."""
+    if str(mode) not in ("up", "perturbation"):
+        msg = f"{mode!r} is no mode of influence; there are 'up', 'perturbation'"
+        raise ValueError(msg)
+
+
 def check_rows(array: Any, name: str) -> None:
     """Raise unless `array` is a Dask array chunked along its first axis alone, in known sizes."""
     if not isinstance(array, da.Array):

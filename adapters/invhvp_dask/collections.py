@@ -23,7 +23,8 @@ def torch_dataset_to_dask_array(
         total_size: N, by default len(dataset).
         resulting_dtype: of all arrays, as NumPy's; by default what the data set has.
 
-    Raises ValueError for sizes below 1, or where N is neither given nor known.
+    Raises ValueError for sizes below 1, for N above the length, or where N is neither given nor
+    known.
 
     Example:
         >>> import torch
@@ -40,6 +41,9 @@ def torch_dataset_to_dask_array(
     if chunk_size < 1 or total_size < 1:
         msg = f"chunk_size and the number of samples must be at least 1, got {chunk_size} and "
         raise ValueError(f"{msg}{total_size}")
+    if hasattr(dataset, "__len__") and total_size > len(dataset):
+        msg = f"total_size is {total_size}, but the data set has {len(dataset)} samples"
+        raise ValueError(msg)
     metas = [_part(part, resulting_dtype) for part in _parts(dataset[0])]
     handle = delayed(dataset, pure=False, traverse=False)
     read = delayed(_read, nout=len(metas), pure=False)

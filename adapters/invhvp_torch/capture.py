@@ -125,14 +125,7 @@ class Calls:
         for as it is, instead.
         """
         n, columns = values.shape
-        uses, reached = self._uses(values)
-        recorded: Counter[str] = Counter()
-        calls = []
-        seen = [call for layer in self.layers for call in layer.calls]
-        for call in [*seen, *self._attention(reached, n)]:
-            if call.edge.node in reached and _by_sample(call.x, n):
-                calls.append(call)
-                recorded.update(call.layer.names.values())
+        uses, recorded, calls = self._found(values)
         names = {name for name in allowed if uses[name] and uses[name] == recorded[name]}
         if take is not None:
             _check_taken(take, uses, recorded)
@@ -146,7 +139,7 @@ class Calls:
             )
             for c in range(columns)
         ]
-        del edges, seen
+        del edges
         if not keep:
             for layer in self.layers:
                 layer.calls.clear()
@@ -171,6 +164,24 @@ class Calls:
         sizes = {name: self._parameters.layout[name].size for name in names}
         blocks = {name: contributions.block(parts[name]) for name in names}
         return {name: block for name, block in blocks.items() if block.shape[1] == sizes[name]}
+
+    def used_otherwise(self, values: torch.Tensor) -> set[str]:
+        """The parameters that something else than calls of layers on all samples uses."""
+        uses, recorded, _ = self._found(values)
+        return {name for name in uses if uses[name] != recorded[name]}
+
+    def _found(self, values: torch.Tensor) -> tuple[Counter[str], Counter[str], list[Call]]:
+        """How often each parameter is used, how often in recorded calls, and these calls."""
+        n = values.shape[0]
+        uses, reached = self._uses(values)
+        recorded: Counter[str] = Counter()
+        calls = []
+        seen = [call for layer in self.layers for call in layer.calls]
+        for call in [*seen, *self._attention(reached, n)]:
+            if call.edge.node in reached and _by_sample(call.x, n):
+                calls.append(call)
+                recorded.update(call.layer.names.values())
+        return uses, recorded, calls
 
     def _in_one_dtype(self, call: Call, d: torch.Tensor | None) -> tuple[Call, torch.Tensor | None]:
         """In the dtype of the parameters, where a forward pass under autocast has left others."""
@@ -218,7 +229,8 @@ def _check_taken(take: Take, uses: Counter[str], recorded: Counter[str]) -> None
     if lost:
         msg = (
             f"the model uses {lost} in another way than in the first batch; layers must be called "
-            "as modules, in every batch, on samples along the first axis"
+            "as modules, in every batch, on samples along the first axis. A first batch that has "
+            "such a use gives these parameters blocks of their own"
         )
         raise ValueError(msg)
 

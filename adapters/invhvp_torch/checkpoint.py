@@ -71,7 +71,7 @@ class Checkpoint:
         if stage < 0:
             return None
         path = self._file(stage)
-        with _safetensors().safe_open(path, framework="pt", device=str(device)) as file:
+        with _opened(path, device) as file:
             said = json.loads((file.metadata() or {}).get("invhvp", "{}"))
             if said.get("format") != _FORMAT or said.get("owner") != self.owner:
                 msg = (
@@ -79,7 +79,8 @@ class Checkpoint:
                     "another program; delete it, or pass another path"
                 )
                 raise ValueError(msg)
-            return {name: file.get_tensor(name) for name in file.keys()}, said  # noqa: SIM118
+            # Copies, aligned as all other tensors: products of others round differently.
+            return {name: file.get_tensor(name).clone() for name in file.keys()}, said  # noqa: SIM118
 
 
 def checkpoint_at(path: Any, every: int, owner: int, process: str = "") -> Checkpoint | None:
@@ -97,6 +98,24 @@ def checkpoint_at(path: Any, every: int, owner: int, process: str = "") -> Check
     return Checkpoint(path=path, every=every, owner=owner, process=process)
 
 
+def check_data(same: bool) -> None:
+    """ValueError where the data are not those that were saved."""
+    if not same:
+        raise ValueError(
+            "the data differ from those that the checkpoint was made of; delete it, or "
+            "pass the same batches in the same order"
+        )
+
+
+def _opened(path: Path, device: torch.device) -> Any:
+    library = _safetensors()
+    try:
+        return library.safe_open(path, framework="pt", device=str(device))
+    except library.error as error:
+        msg = f"the checkpoint {path.name} is damaged ({error}); delete it"
+        raise ValueError(msg) from error
+
+
 def _safetensors() -> Any:
     try:
         import safetensors
@@ -108,6 +127,7 @@ def _safetensors() -> Any:
     class _Both:
         save_file = staticmethod(safetensors.torch.save_file)
         safe_open = staticmethod(safetensors.safe_open)
+        error = safetensors.SafetensorError
 
     return _Both
 

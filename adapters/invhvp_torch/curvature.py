@@ -14,7 +14,7 @@ from invhvp.operators import LinearOperator
 from . import samples
 from .bridge import TorchDoor, bridge_to
 from .data import Cache, Cached, Streamed, read
-from .distributed import Distributed, across, own_seed, processes_of, together
+from .distributed import Distributed, across, check_same_model, own_seed, processes_of, together
 from .double_backward import GradientGraph
 from .evaluation import LOCK, check_independent, evaluation, seed
 from .objective import BatchLoss, Loss, Objective, Reduction
@@ -96,6 +96,7 @@ def hessian(
     selected = Parameters(model, parameters)
     bridge = bridge_to(array_namespace, selected.like, transfer=transfer)
     rng = own_seed(rng, processes)
+    check_same_model(processes, selected)
     with together(processes, selected.like):
         objective = Objective(model=model, loss=loss, batch_loss=batch_loss, reduction=reduction)
         check_independent(model, training=training)

@@ -12,6 +12,9 @@ from torch import distributed as dist
 from invhvp.operators import LinearOperator
 from invhvp.operators.data_parallel import data_parallel, everyones
 
+from . import samples
+from .parameters import Parameters
+
 Distributed: TypeAlias = Any
 """None for one process, True for the default group, or a `torch.distributed.ProcessGroup`."""
 
@@ -108,6 +111,21 @@ def across(
     if count is not None:
         return data_parallel(A, share=float(count), count=float(count), processes=processes)
     return data_parallel(A, share=share, processes=processes)
+
+
+def check_same_model(processes: AllReduce | None, selected: Parameters) -> None:
+    """ValueError where the parameters of processes differ: a mean over them is of no model."""
+    if processes is None:
+        return
+    mine = samples.fingerprint([p.detach() for p in selected.tensors])
+    prints = everyones(processes, selected.like, mine).tolist()
+    others = [rank for rank, value in enumerate(prints) if value != prints[0]]
+    if others:
+        msg = (
+            f"the parameters of process {', '.join(map(str, others))} differ from those of "
+            "process 0: load the same state in every process, or broadcast it from one"
+        )
+        raise ValueError(msg)
 
 
 @contextmanager

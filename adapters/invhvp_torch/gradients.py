@@ -12,7 +12,7 @@ from invhvp.operators.data_parallel import gathered
 from . import samples, seeds
 from .bridge import bridge_to
 from .data import as_batches, check_order
-from .distributed import Distributed, own_seed, processes_of, together
+from .distributed import Distributed, check_same_model, own_seed, processes_of, together
 from .evaluation import check_independent, evaluation
 from .objective import BatchLoss, Loss, Objective, Reduction
 from .parameters import Parameters, Selection
@@ -66,6 +66,7 @@ def per_sample_gradients(
     processes = processes_of(distributed)
     selected = Parameters(model, parameters)
     bridge = bridge_to(array_namespace, selected.like, transfer=transfer)
+    check_same_model(processes, selected)
     with together(processes, selected.like):
         check_order(data)
         objective = Objective(model=model, loss=loss, batch_loss=batch_loss, reduction=reduction)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import zlib
 from pathlib import Path
 from typing import Any, Literal
+
+import torch
 
 from invhvp.layout import Layout
 from invhvp.methods._progress import progress_bar
@@ -22,7 +25,7 @@ from .bridge import Bridge, TorchDoor, bridge_to
 from .checkpoint import checkpoint_at
 from .curvature import check_count
 from .data import Cache, read
-from .distributed import Distributed, own_seed, processes_of
+from .distributed import Distributed, check_same_model, own_seed, processes_of
 from .evaluation import check_independent, evaluation
 from .kronecker_fit import Fit
 from .kronecker_shards import Shards
@@ -211,13 +214,17 @@ def _build(
     if count is not None:
         check_count(count, objective)
     shards = Shards(processes, selected.like)
+    check_same_model(processes, selected)
     budget = shards.least(_budget(memory, selected))
     saved = None
     if checkpoint is not None:
-        said = (name, fisher, n_samples, sharing, rng, training, reduction, selected.layout, budget)
-        saved = checkpoint_at(
-            checkpoint, every, _owner(said if memory else said[:-1], selected), shards.name
-        )
+        said = (
+            name, fisher, n_samples, sharing, rng, training, reduction, _said_of(loss),
+            selected.layout, budget,
+        )  # fmt: skip
+        owner = _owner(said if memory else said[:-1], selected)
+        with shards.together():
+            saved = checkpoint_at(checkpoint, every, owner, shards.name)
     rows = Rows(objective, selected, source, training=training, seed=rng)
     with evaluation(model, training=training, device=selected.like.device):
         with shards.together():
@@ -286,6 +293,16 @@ def _bridged(A: Any, bridge: Bridge | None) -> LinearOperator:
     if isinstance(A, Dense):
         return Dense(give(A.to_dense()), psd=True, check=False)
     return Diagonal(give(A.diagonal()), psd=True)
+
+
+def _said_of(loss: Any) -> str:
+    """What a loss can say of itself that is the same in another process: name and options."""
+    options = vars(loss) if isinstance(loss, torch.nn.Module) else {}
+    if isinstance(loss, functools.partial):
+        loss, options = loss.func, loss.keywords
+    name = getattr(loss, "__qualname__", type(loss).__qualname__)
+    plain = {k: v for k, v in options.items() if isinstance(v, str | int | float | None)}
+    return f"{name} {sorted(plain.items())}"
 
 
 def _owner(said: Any, parameters: Parameters) -> int:

@@ -13,7 +13,7 @@ from invhvp.estimate import BlockAccumulator, FactorAccumulator, MomentAccumulat
 from invhvp.operators import LinearOperator
 
 from . import samples
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, check_data
 from .data import Cached, Streamed
 from .kronecker_layers import Collector, Unit, find_units
 from .kronecker_shards import Shards
@@ -61,10 +61,10 @@ class Fit:
         named = {name for unit in self.units for name in unit.parameters}
         layout = self.parameters.layout
         self._rest = {name: layout[name].size for name in layout.names if name not in named}
-        self._exact = None
+        self._exact, self._before = None, None
         if self._rest:
             self._exact = BlockAccumulator(self._rest, like=self.parameters.like)
-        self._count, self._bases = count, {}
+        self._count, self._bases, self._n_batches = count, {}, len(batches)
         groups = self._partitions()
         self.tick(len(batches) * (len(groups) + (self.corrected and bool(self.units))))
         start, position = self._resume(groups)
@@ -111,7 +111,7 @@ class Fit:
         assert isinstance(sums, FactorAccumulator | None)
         first = stage == 0
         skipped = frozenset() if first else frozenset(self._rest)
-        crc, sentinel, used = 0, None, 0
+        index, crc, sentinel, used = -1, 0, None, 0
         for index, batch in enumerate(batches):
             crc = self._print(batch, crc)
             if self._is_done(index, position, crc):
@@ -137,6 +137,7 @@ class Fit:
                     kept = None
             self.tick(0)
             self._save(stage, index + 1, crc, last=index + 1 == len(batches))
+        self._check_pass(index + 1, position, crc)
         return kept
 
     def _finish_factors(self, groups: list[list[Unit]], stage: int) -> None:
@@ -156,7 +157,7 @@ class Fit:
                 self.blocks |= sums.kronecker()
         self._sums = self._new_sums(groups, stage + 1)
         if self.corrected:
-            self._save(stage + 1, 0, 0, last=True)
+            self._save(stage + 1, 0, self._crc, last=True)
 
     def _moments(
         self, batches: Cached | Streamed, stage: int, position: int, kept: list[Calls] | None
@@ -177,7 +178,7 @@ class Fit:
         position: int,
         kept: list[Calls] | None,
     ) -> None:
-        crc = 0
+        index, crc = -1, 0
         for index, batch in enumerate(batches if kept is None else range(len(kept))):
             if kept is None:
                 crc = self._print(batch, crc)
@@ -194,6 +195,7 @@ class Fit:
                     add_moments(sums, unit, calls.pop(unit.weight))
             self.tick(0)
             self._save(stage, index + 1, crc, last=index + 1 == len(batches))
+        self._check_pass(index + 1, position, crc)
 
     def _new_sums(
         self, groups: list[list[Unit]], stage: int
@@ -231,12 +233,13 @@ class Fit:
 
     def _is_done(self, index: int, position: int, crc: int) -> bool:
         """Whether a batch is in the resumed sums; ValueError where the data were others."""
-        if index + 1 == position and crc != self._crc:
-            raise ValueError(
-                "the data differ from those that the checkpoint was made of; delete it, or "
-                "pass the same batches in the same order"
-            )
+        check_data(index + 1 != position or crc == self._crc)
         return index < position
+
+    def _check_pass(self, n: int, position: int, crc: int) -> None:
+        """ValueError after fewer batches than were saved, or others than in the pass before."""
+        check_data(n >= position and self._before in (None, crc))
+        self._crc, self._before = crc, None
 
     def _save(self, stage: int, position: int, crc: int, *, last: bool) -> None:
         if self.checkpoint is None or not (last or position % self.checkpoint.every == 0):
@@ -253,6 +256,7 @@ class Fit:
         said = {
             "stage": stage,
             "position": position,
+            "batches": self._n_batches,
             "crc": crc,
             "totals": totals,
             "traces": self.traces,
@@ -267,13 +271,16 @@ class Fit:
         found = None
         if self.checkpoint is not None:  # processes that were ahead go back to the others
             stage = int(self.shards.least(self.checkpoint.last_stage()))
-            found = self.checkpoint.load(device, stage)
+            with self.shards.together():
+                found = self.checkpoint.load(device, stage)
         if found is None:
             self._sums = self._new_sums(groups, 0)
             return 0, 0
         tensors, said = found
         self.n, self.weight, self.traces = said["n"], said["weight"], said["traces"]
         self._crc = said["crc"]
+        check_data(said.get("batches") == self._n_batches)
+        self._before = None if said["position"] else self._crc
         for key, U in tensors.items():
             if key.startswith("U:"):
                 name = key.removeprefix("U:")

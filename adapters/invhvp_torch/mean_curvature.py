@@ -17,7 +17,7 @@ from invhvp.operators import LinearOperator, RankOneMean
 from .bridge import Bridge, TorchDoor, bridge_to
 from .curvature import check_count
 from .data import Cached, Streamed, read
-from .distributed import Distributed, across, own_seed, processes_of, together
+from .distributed import Distributed, across, check_same_model, own_seed, processes_of, together
 from .evaluation import check_independent, evaluation, seed
 from .objective import Forward, Objective
 from .output_curvature import NotConvexError, OutputCurvature
@@ -73,6 +73,7 @@ def build(
     selected = Parameters(model, parameters)
     bridge = bridge_to(array_namespace, selected.like, transfer=transfer)
     rng = own_seed(rng, processes)
+    check_same_model(processes, selected)
     with together(processes, selected.like):
         observed = kind.outputs is not None and batch_loss is not None
         objective = Objective(

@@ -53,14 +53,18 @@ class Rows:
         self._factored = set(parameters.names)  # until the probe says otherwise
         self._vmapped = set(parameters.names)
         self._separable = False
+        self._irregular: set[str] = set()
         self._dense: dict[str, str] = {}
         self.row_bytes = 0.0
 
     def probe(self, batch: Any) -> None:
         """Decide on two samples, against the gradients of their own scalars."""
         objective, names = self._objective, self._parameters.names
-        forward = self._forward(batch, 0)
+        with Calls(objective.model, self._parameters) as calls:
+            forward = self._forward(batch, 0)
         self._separable = is_separable(forward, batch, training=self._training)
+        # Two samples may go through a layer together where more of them do not.
+        self._irregular = calls.used_otherwise(self._trial(forward).values(forward))
         # Where the model is sure of a sample, its gradient is little but rounding.
         chosen = torch.argsort(forward.losses().detach(), descending=True)[:2].tolist()
         device = self._parameters.like.device
@@ -107,8 +111,8 @@ class Rows:
 
     @property
     def factored(self) -> frozenset[str]:
-        """The parameters whose layers have a rule that proved right."""
-        return frozenset(self._factored)
+        """The parameters whose layers have a rule that proved right, for all of the first batch."""
+        return frozenset(self._factored - self._irregular)
 
     def of(
         self,

@@ -1,8 +1,9 @@
 """Against the other libraries: seconds to a given accuracy, which the harness measures itself.
 
 Every library runs in an interpreter of its own, on the same trained networks, data, dtype and one
-thread. Rounds are interleaved: all libraries once, then all again. What fails, diverges or
-runs over the cap is a row that says so.
+thread; seconds are those of the processor, which other work on the machine disturbs least. Rounds
+are interleaved: all libraries once, then all again. What fails, diverges or runs over the cap is a
+row that says so.
 """
 
 from __future__ import annotations
@@ -17,16 +18,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import report
 from . import environments
+from .tables import markdown as markdown
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A network (see `networks.NETWORKS`), a matrix of it, and λ."""
+    """A network (see `networks.NETWORKS`), a matrix of it, samples, and λ."""
 
     network: str
     matrix: str = "hessian"
+    n_train: int = 1280
     damping: float = 1e-2
     dtype: str = "float32"
 
@@ -48,19 +50,19 @@ _HESSIANS = (
     Case(network="mlp", dtype="float64"),
     Case(network="cancer", dtype="float64"),
     Case(network="diabetes", dtype="float64"),
-    Case(network="cnn"),
+    Case(network="cnn", n_train=400),
     Case(network="mlp_wide"),
-    Case(network="transformer", damping=1e-1),
+    Case(network="transformer", n_train=400, damping=1e-1),
 )
 _OTHERS = (
     Case(network="mlp", matrix="ggn", dtype="float64"),
-    Case(network="cnn", matrix="ggn"),
+    Case(network="cnn", matrix="ggn", n_train=400),
     Case(network="mlp", matrix="fisher", dtype="float64"),
     Case(network="mlp_wide", matrix="fisher"),
 )
 FULL = Grid(cases=_HESSIANS + _OTHERS)
 QUICK = Grid(
-    cases=(Case(network="logreg", damping=1e-1),),
+    cases=(Case(network="logreg", n_train=200, damping=1e-1),),
     k=2,
     rounds=1,
     max_seconds=10.0,
@@ -80,7 +82,12 @@ def _case(case: Case, grid: Grid) -> Iterator[dict[str, Any]]:
     from . import judge
 
     given = judge.problem(
-        case.network, dtype=case.dtype, damping=case.damping, k=grid.k, batch=grid.batch
+        case.network,
+        n_train=case.n_train,
+        dtype=case.dtype,
+        damping=case.damping,
+        k=grid.k,
+        batch=grid.batch,
     )
     judged = judge.Judge(given, case.matrix)
     where = {
@@ -192,6 +199,7 @@ def _merged(found: list[dict[str, Any]]) -> dict[str, Any]:
         "solve": statistics.median(row["solve"] for row in good),
         "seconds": statistics.median(totals),
         "spread": [totals[0], totals[-1]],
+        "wall": statistics.median(row["wall"] for row in good),
         "rounds": len(good),
         "peak_mib": max(row["peak_mib"] for row in good),
         "residual": good[-1].get("residual"),
@@ -199,80 +207,3 @@ def _merged(found: list[dict[str, Any]]) -> dict[str, Any]:
         "spearman": good[-1].get("spearman"),
         "said": good[-1].get("said", ""),
     }
-
-
-def markdown(found: list[dict[str, Any]]) -> str:
-    """A table for each case, fastest to a true residual of 1e-3 first."""
-    parts = [_LEGEND]
-    for (case, matrix, damping), group in report.grouped(found, "case", "matrix", "damping"):
-        parts.append(f"## {_TITLES[matrix]}: {case}, λ = {damping:.0e}")
-        parts.append(report.table(_HEAD, [_line(row) for row in sorted(group, key=_order)]))
-        summary = best(group)
-        if summary:
-            parts.append(summary)
-    return "\n\n".join(parts)
-
-
-def best(group: list[dict[str, Any]]) -> str:
-    """Our fastest against the fastest peer, at each accuracy that both reach."""
-    said = []
-    for goal in (1e-3, 1e-6):
-        reached = [row for row in group if row.get("residual") and row["residual"] <= 2 * goal]
-        own = [
-            row for row in reached if row["library"] == "invhvp" and "SciPy" not in row["method"]
-        ]
-        other = [row for row in reached if row not in own]
-        if own and other:
-            a, b = (min(rows, key=lambda row: row["seconds"]) for rows in (own, other))
-            said.append(
-                f"to a true residual of {goal:.0e}, {a['method']} takes {a['seconds']:.2g} s, the "
-                f"fastest peer ({b['library']} {b['method']}) {b['seconds']:.2g} s: "
-                f"**{b['seconds'] / a['seconds']:.1f} ×**"
-            )
-        elif own:
-            said.append(f"to a true residual of {goal:.0e} no peer gets within the cap")
-    return ("; ".join(said) + ".").capitalize() if said else ""
-
-
-def _order(row: dict[str, Any]) -> tuple[int, float]:
-    residual = row.get("residual")
-    if residual is None:
-        return (3 if "failed" in row else 2, row.get("seconds", 0.0))
-    for rank, goal in enumerate((2e-6, 2e-3)):
-        if residual <= goal:
-            return (rank, row["seconds"])
-    return (2, residual)
-
-
-def _line(row: dict[str, Any]) -> list[str]:
-    name = f"{row['library']} {row['method']}"
-    name = f"**{name}**" if row["library"] == "invhvp" else name
-    if "failed" in row:
-        return [name, "–", "–", "–", "–", "–", "–", row["failed"]]
-    low, high = row["spread"]
-    spearman = row.get("spearman")
-    return [
-        name,
-        f"{row['fit']:.2g}",
-        f"{row['solve']:.2g}",
-        f"{row['seconds']:.2g} ({low:.2g}–{high:.2g})",
-        report.number(row.get("residual")),
-        report.number(row.get("error")),
-        "–" if spearman is None else f"{spearman:.3f}",
-        f"{row['said']}; {row['peak_mib']:.0f} MiB".removeprefix("; "),
-    ]
-
-
-_HEAD = [
-    "library, method", "fit, s", "solve, s", "both, s", "true residual", "error", "Spearman",
-    "says; peak memory",
-]  # fmt: skip
-_TITLES = {"hessian": "Hessian", "ggn": "Gauss–Newton", "fisher": "Empirical Fisher"}
-_LEGEND = """\
-# Against the peers
-
-Seconds are medians (least–most) of interleaved rounds on one thread, without imports; what takes
-more than a sixth of the cap runs once. The residual is the largest relative one of all right-hand
-sides, the error the median of ‖x − x*‖/‖x*‖, both against the exact matrix of the title in
-float64; Spearman is the mean rank correlation of a test point's scores with exact ones. Methods
-that approximate another matrix are judged by the same one: that is what they are used for."""

@@ -18,10 +18,12 @@ from .networks import LOSSES, NETWORKS, Problem
 _DENSE = 6000  # parameters up to which the matrix is formed
 
 
-def problem(network: str, *, dtype: str, damping: float, k: int, batch: int) -> dict[str, Any]:
+def problem(
+    network: str, *, n_train: int, dtype: str, damping: float, k: int, batch: int
+) -> dict[str, Any]:
     """A trained network on real data, and the k test points on which it is worst."""
     x, y, loss = _data(network)
-    n = int(0.8 * len(x)) if len(x) < 1500 else 1280
+    n = min(n_train, int(0.8 * len(x)))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = NETWORKS[network]().double()
@@ -71,7 +73,7 @@ class Judge:
             M = (M + M.T) / 2 + self.damping * np.eye(self.n)
             return torch.from_numpy(scipy.linalg.solve(M, self.B.numpy(), assume_a="sym"))
         method = ih.SampleSpace(rtol=1e-11) if hasattr(self.A, "gradients") else None
-        method = method or ih.BlockCG(rtol=1e-10)
+        method = method or ih.BlockCG(rtol=1e-9)
         return ih.solve(self.A, self.B, method, damping=self.damping).raise_if_failed().x
 
     def metrics(self, answer: Any) -> dict[str, float]:

@@ -192,7 +192,7 @@ def mislabelled(suspicion: Array, wrong: Array, *, k: int | None = None) -> Misl
         wrong: which labels are wrong, (N,) booleans.
         k: for the precision; by default the number of wrong labels.
 
-    Raises ValueError unless there are right and wrong labels and 1 ≤ k ≤ N.
+    Raises ValueError unless scores are finite, there are right and wrong labels, and 1 ≤ k ≤ N.
 
     Example:
         >>> from invhvp.influence import evaluate
@@ -205,6 +205,10 @@ def mislabelled(suspicion: Array, wrong: Array, *, k: int | None = None) -> Misl
     flags = np.asarray(_backend.to_host(wrong)).astype(bool)
     if values.ndim != 1 or values.shape != flags.shape:
         msg = f"suspicion and wrong must both be (N,), got {values.shape} and {flags.shape}"
+        raise ValueError(msg)
+    lost = int(np.sum(~np.isfinite(values)))
+    if lost:
+        msg = f"{lost} of the {len(values)} suspicion scores are not finite"
         raise ValueError(msg)
     total = int(np.sum(flags))
     if not 0 < total < len(flags):

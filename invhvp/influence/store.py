@@ -171,7 +171,12 @@ class _Store:
         default: tuple[int, int],
     ) -> _Store:
         """Begin a store, or go on with the one that is there if it belongs to this call."""
-        group = _zarr().open_group(store=out, mode="a", zarr_format=3)
+        zarr = _zarr()
+        try:
+            group = zarr.open_group(store=out, mode="a", zarr_format=3)
+        except zarr.errors.ContainsArrayError as error:
+            msg = f"{out} holds something else than scores; choose another place for them"
+            raise ValueError(msg) from error
         told: Any = group.attrs.get(_KEY)
         if told is None:
             _begin(group, out, found)

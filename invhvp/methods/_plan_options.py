@@ -92,7 +92,8 @@ def product_flops(A: LinearOperator) -> float:
 def _factorised(A: LinearOperator, k: int, rtol: float, flops: float) -> PlanOption | None:
     """SampleSpace, the operator's own inverse, or the dense matrix."""
     n, solves = A.shape[0], 5.0 * k
-    # The bound of a PSD operator takes six products of one column for ‖A‖, in the first solve.
+    # One pass is the residual: refinement is rare. The bound of a PSD operator takes six products
+    # of one column for ‖A‖, in the first solve.
     norm = 6 if A.psd else 0
     if isinstance(A, HasGradients) and isinstance(A, HasInverse):
         N = A.gradients.shape[0]
@@ -100,11 +101,12 @@ def _factorised(A: LinearOperator, k: int, rtol: float, flops: float) -> PlanOpt
         own = (2.0 * N * n * m + m**3 / 3) / flops
         note = f"exact, through {m} x {m}"
         method, size = SampleSpace(rtol=rtol), 24 * m * m
+        norm = 0 if N < n else norm  # its Gram matrix knows ‖A‖
         return PlanOption(
             label="SampleSpace",
             method=method,
-            passes=2 + norm,
-            products=2 * k + norm,
+            passes=1 + norm,
+            products=k + norm,
             work=own + solves,
             bytes=size,
             exact=True,
@@ -120,8 +122,8 @@ def _factorised(A: LinearOperator, k: int, rtol: float, flops: float) -> PlanOpt
         return PlanOption(
             label="Direct",
             method=method,
-            passes=2 + norm,
-            products=2 * k + norm,
+            passes=1 + norm,
+            products=k + norm,
             work=own + solves,
             bytes=size,
             exact=True,
@@ -132,8 +134,8 @@ def _factorised(A: LinearOperator, k: int, rtol: float, flops: float) -> PlanOpt
     return PlanOption(
         label="Direct",
         method=method,
-        passes=3 + norm,
-        products=n + 2 * k + norm,
+        passes=2 + norm,
+        products=n + k + norm,
         work=n + n**3 / (3 * flops) + solves,
         bytes=24 * n * n,
         exact=True,

@@ -258,6 +258,8 @@ def inverse_root(G: Array, unit: float | None) -> tuple[Array, Array, Array]:
     scaled, d, good = _linalg.unit_diagonal(G)
     L = _backend.cholesky(scaled)
     plain = xp.all(xp.isfinite(L))
+    if _backend.is_numpy(G) and bool(good & plain):
+        return _backend.inv_lower(L) / d, L.T * d, plain
     if unit is not None and not (_backend.is_numpy(G) and bool(plain)):
         shift = (2.0 * G.shape[0] * unit) * _linalg.identity_like(G)
         L = xp.where(plain, L, _backend.cholesky(scaled + shift))

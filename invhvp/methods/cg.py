@@ -97,6 +97,7 @@ class _ConjugateGradients(Kernel):
         R = s.W - _linalg.scale_columns(Q, alpha)
         Z = self._m(R)
         rho = self._dot(R, Z)
+        N = xp.sqrt(rho) if self.preconditioner is None else self._length(R)
         active = alpha > 0
         beta = xp.where(active, rho / xp.where(idle, one, s.rho), 0.0 * one)
         new = _State(
@@ -104,7 +105,7 @@ class _ConjugateGradients(Kernel):
             W=R,
             P=Z + _linalg.scale_columns(s.P, beta),
             rho=rho,
-            N=_linalg.column_norms(R, reduce=self.reduce),
+            N=N,
             gamma=self._radau(s.gamma, alpha, beta),
             energy=s.energy + alpha * s.rho,
             size=xp.maximum(s.size, self._length(Q) / xp.where(idle, one, self._length(s.P))),

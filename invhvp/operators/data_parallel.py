@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,7 @@ class DataParallel(LinearOperator):
     """
 
     processes: Processes  # pyright: ignore[reportIncompatibleVariableOverride]
+    diagonal: Callable[[], Array]  # there only where every process knows that of its own
 
     def __init__(
         self,
@@ -54,8 +56,12 @@ class DataParallel(LinearOperator):
         count: float | None = None,
     ) -> None:
         like = local.like
-        psd = bool(everyones(processes, like, local.psd).all())
+        diagonal = isinstance(local, HasDiagonal)
+        can = everyones(processes, like, local.psd + 2 * diagonal).astype(int)
+        psd = bool((can & 1).all())
         super().__init__(local.shape[0], like=like, psd=psd, layout=local.layout)
+        if (can & 2).all():  # `estimate.diagonal` and `Jacobi` ask whether it is there
+            self.diagonal = self._diagonal
         self.local = local
         self.processes = processes
         self.share = float(share)
@@ -80,12 +86,10 @@ class DataParallel(LinearOperator):
         parts = [self._product(X[:, :middle]), self._product(X[:, middle:])]
         return _backend.namespace(X).concat(parts, axis=1)
 
-    def diagonal(self) -> Array:
-        """The diagonal (n,); TypeError where the local operator does not know its own."""
-        if not isinstance(self.local, HasDiagonal):
-            msg = f"{type(self.local).__name__} does not know its diagonal; see estimate.diagonal"
-            raise TypeError(msg)
-        return self.processes(self.local.diagonal() * (self.share / self.count))
+    def _diagonal(self) -> Array:
+        """The diagonal (n,); all processes must ask."""
+        local: Any = self.local
+        return self.processes(local.diagonal() * (self.share / self.count))
 
     def _describe(self) -> str:
         rank, size = self.processes.rank, self.processes.size

@@ -116,6 +116,8 @@ def test_mislabelled_counts(backend):
     other = evaluate.mislabelled(np.asarray([3.0, 2.0, 1.0, 0.0]), wrong, k=3)
     assert other.precision == pytest.approx(2 / 3)
     assert other.auc == 0.75
+    with pytest.raises(ValueError, match="1 of the 4 suspicion scores are not finite"):
+        evaluate.mislabelled(np.asarray([3.0, np.nan, 1.0, 0.0]), wrong)
 
 
 def test_auc_is_the_share_of_ordered_pairs():

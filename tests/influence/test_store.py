@@ -179,6 +179,10 @@ def test_every_other_difference_is_refused(tmp_path):
     zarr.open_group(tmp_path / "u", mode="w").create_array("mine", shape=(1,), dtype="f8")
     with pytest.raises(ValueError, match="something else than scores"):
         influence.write(test, tmp_path / "u", progress=False)
+    zarr.save_array(tmp_path / "v", np.arange(3.0))
+    with pytest.raises(ValueError, match="something else than scores"):
+        influence.write(test, tmp_path / "v", progress=False)
+    np.testing.assert_array_equal(zarr.open_array(tmp_path / "v", mode="r")[...], np.arange(3.0))
     with pytest.raises(ValueError, match="does not hold scores"):
         read_blocks(tmp_path / "u")
 

@@ -11,6 +11,7 @@ import pytest
 
 import invhvp as ih
 from invhvp.operators.data_parallel import data_parallel, gathered
+from invhvp.protocols import HasDiagonal
 from tests import processes
 from tests.backends import Backend
 from tests.cases import LAYOUT, N
@@ -137,6 +138,23 @@ def test_a_process_without_samples_takes_part(backend: Backend) -> None:
         np.testing.assert_allclose(
             backend.to_numpy(found), rows.T @ rows / len(rows), atol=100 * backend.eps
         )
+
+
+def test_a_diagonal_is_known_where_every_process_knows_its_own(backend: Backend) -> None:
+    """Else it is estimated from products, as for one process."""
+    d = np.linspace(1.0, 2.0, N)
+
+    def work(process: Any) -> tuple[bool, Any]:
+        local = ih.Diagonal(backend.asarray(d), psd=True)
+        if process.rank == 1:
+            diagonal, like = backend.asarray(d)[:, None], backend.asarray(d)
+            local = ih.Callback(lambda X: diagonal * X, N, like=like, psd=True)
+        A = data_parallel(local, share=3, processes=process)
+        return isinstance(A, HasDiagonal), ih.Jacobi().prepare(A, damping=1.0) @ backend.asarray(d)
+
+    for known, x in processes.run(2, work):
+        assert not known
+        np.testing.assert_allclose(backend.to_numpy(x), d / (d + 1), rtol=30 * backend.eps)
 
 
 def test_without_any_sample_it_says_so() -> None:

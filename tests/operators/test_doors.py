@@ -168,6 +168,10 @@ def test_damped_is_the_sum(backend: Backend, name: str):
     A, M = OPERATORS[name](backend)
     X = np.random.default_rng(0).standard_normal((N, 2)).astype(backend.np_dtype)
     for damping, shift in ((0.25, np.full(N, 0.25)), ({"weight": 1.0, "bias": 0.5}, None)):
+        if shift is None and A.layout is None:
+            with pytest.raises(ValueError, match="Layout"):
+                Damped(A, damping)
+            continue
         if shift is None:
             shift = A.layout.shifts(damping)
         got = backend.to_numpy(Damped(A, damping) @ backend.asarray(X))

@@ -270,6 +270,6 @@ def _create(
             overwrite=overwrite,
             dimension_names=[*names, *features],
         )
-    except zarr.errors.ContainsArrayError as error:
-        msg = f"{store} holds an array already; pass overwrite=True to replace it"
+    except (zarr.errors.ContainsArrayError, zarr.errors.ContainsGroupError) as error:
+        msg = f"{store} holds an array or a group already; pass overwrite=True to replace it"
         raise FileExistsError(msg) from error

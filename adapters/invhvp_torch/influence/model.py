@@ -87,7 +87,7 @@ class InfluenceModel(Shippable):
         """
         operator = self._curvature(data)
         method = Blockwise(self.method) if len(self.block_names) > 1 else self.method
-        self._inverse = method.prepare(operator, damping=self._damping())
+        self._inverse = method.prepare(operator, damping=self._damping(self._regularization))
         self._operator, self._data, self._solution = operator, data, None
         self._warn_about_zero()
         return self
@@ -95,8 +95,8 @@ class InfluenceModel(Shippable):
     def _curvature(self, data: Any) -> LinearOperator:
         return curvature(self.model, self.loss, data, self._blocks, self.second_order_mode)
 
-    def _damping(self) -> float | dict[str, float]:
-        found = dampings(self._regularization, self._blocks.parameters)
+    def _damping(self, regularization: Regularization) -> float | dict[str, float]:
+        found = dampings(regularization, self._blocks.parameters)
         return found if len(found) > 1 else next(iter(found.values()))
 
     def _checked(self, regularization: Regularization) -> Regularization:
@@ -110,10 +110,10 @@ class InfluenceModel(Shippable):
 
     @regularization.setter
     def regularization(self, value: Regularization) -> None:
-        self._regularization = self._checked(value)
-        if self._inverse is not None:
-            self._inverse, self._solution = self._inverse.with_damping(self._damping()), None
-            self._warn_about_zero()
+        found, inverse = self._checked(value), self._inverse
+        inverse = None if inverse is None else inverse.with_damping(self._damping(found))
+        self._regularization, self._inverse, self._solution = found, inverse, None
+        self._warn_about_zero()
 
     hessian_regularization = regularization
 
@@ -282,7 +282,8 @@ class InfluenceModel(Shippable):
         return self._solution.x.detach().mT
 
     def _warn_about_zero(self) -> None:
-        message = zero.message(self._inverse, dampings(self._regularization, self.block_names))
+        damping = dampings(self._regularization, self.block_names)
+        message = zero.message(self._inverse, damping) if self.is_fitted else None
         if message is not None:
             warnings.warn(f"{type(self).__name__}: {message}", InvhvpWarning, stacklevel=3)
 

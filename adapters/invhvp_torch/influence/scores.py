@@ -21,6 +21,9 @@ ByName: TypeAlias = dict[str, torch.Tensor]
 
 def gradients(model: torch.nn.Module, loss: Any, x: Any, y: Any, names: Iterable[str]) -> Any:
     """Per-sample gradients of the named parameters."""
+    if isinstance(y, torch.Tensor) and y.ndim == 0:
+        msg = "y is one sample's target: pass batches, such as x[:1] and y[:1]"
+        raise ValueError(msg)
     return per_sample_gradients(model, loss, x, y, parameters=list(names))
 
 
@@ -97,10 +100,13 @@ def check_rows(rows: Any, columns: int, what: str) -> None:
 
 
 def _checked(values: Any) -> list[float]:
-    """λ's to explore, as they were given. Raises ValueError for none, or a bad one."""
+    """λ's to explore, as floats: keys by which they are found again.
+
+    Raises ValueError for none, or a bad one.
+    """
     found = list(values)
     bad = [v for v in found if isinstance(v, bool) or not (math.isfinite(v) and v >= 0)]
     if bad or not found:
         msg = f"regularization values must be finite and not negative, got {bad or 'none'}"
         raise ValueError(msg)
-    return found
+    return [float(v) for v in found]

@@ -15,6 +15,7 @@ import cloudpickle
 import dask.array as da
 import distributed
 import torch
+import zarr
 
 import invhvp as ih
 from invhvp_dask import (
@@ -200,6 +201,13 @@ def test_chunks_are_checked(tmp_path):
         calculator.influences(dx, dy, dx)
     with pytest.raises(TypeError, match="dask array"):
         calculator.influence_factors(x, y)
+    with pytest.raises(ValueError, match="'sideways' is no mode"):
+        calculator.influences(dx, dy, mode="sideways")
+    with pytest.raises(ValueError, match=r"shape \(N, 3\), got \(6, 2\)"):
+        calculator.influences_from_factors(dx[:, :2], dx, dy)
+    zarr.open_group(tmp_path / "g", mode="w")
+    with pytest.raises(FileExistsError, match="overwrite=True"):
+        calculator.to_zarr(calculator.influences(dx, dy), tmp_path / "g")
 
 
 def test_data_sets_keep_their_dtype_unless_told():
@@ -216,3 +224,5 @@ def test_data_sets_keep_their_dtype_unless_told():
         torch_dataset_to_dask_array(iter(()), 3)
     with pytest.raises(ValueError, match="at least 1"):
         torch_dataset_to_dask_array(data, 0)
+    with pytest.raises(ValueError, match="total_size is 8, but the data set has 7"):
+        torch_dataset_to_dask_array(data, 3, total_size=8)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import os
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,7 @@ from torch import multiprocessing, nn
 
 import invhvp as ih
 import invhvp_torch as it
+from invhvp_torch.checkpoint import Checkpoint
 
 ENDS = {2: (0, 9, 30), 3: (0, 17, 18, 30)}  # uneven, one of them with a single sample
 LOSS = nn.functional.cross_entropy
@@ -92,8 +97,23 @@ def _work(rank: int, size: int, folder: str) -> None:
     mine = slice(ENDS[size][rank], ENDS[size][rank + 1])
     found = _computed((x[mine], y[mine]), True)
     found["errors"] = _errors(rank, (x[mine], y[mine]))
+    found["other models"] = _other_models(rank, (x[mine], y[mine]))
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
+
+
+def _other_models(rank: int, data: Any) -> list[str]:
+    """Each process has its own model: nothing that is returned would be of any of them."""
+    model, _, _ = _problem()
+    with torch.no_grad():
+        model[0].bias[2] += 1e-3 * rank  # pyright: ignore
+    said = []
+    for kind in (it.hessian, it.empirical_fisher, it.ekfac, it.per_sample_gradients):
+        try:
+            kind(model, LOSS, data, distributed=True)
+        except ValueError as error:
+            said.append(str(error))
+    return said
 
 
 def _errors(rank: int, data: Any) -> list[str]:
@@ -172,6 +192,85 @@ def test_one_bad_shard_stops_all_with_a_reason(shared: list[dict[str, Any]]) -> 
         assert len(found["errors"]) == 3
         for said in found["errors"]:
             assert ("process 0" in said) == (rank != 0), said
+
+
+def test_models_that_differ_are_refused(shared: list[dict[str, Any]]) -> None:
+    others = ", ".join(map(str, range(1, len(shared))))
+    for found in shared:
+        assert len(found["other models"]) == 4
+        for said in found["other models"]:
+            assert f"parameters of process {others} differ" in said
+
+
+def _fit(rank: int, folder: str, meet: str, path: Path, kill_after: int) -> None:
+    """One process of a fit; SIGKILL where it is about to write file `kill_after`, from 1."""
+    saved, save = [], Checkpoint.save
+
+    def counted(self: Checkpoint, tensors: Any, said: Any) -> None:
+        saved.append(said["stage"])
+        if len(saved) == kill_after:
+            ahead = Path(f"{path}.0-of-2.stage-{said['stage']}")
+            while rank == 1 and path.name == "between" and not ahead.exists():
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGKILL)
+        save(self, tensors, said)
+
+    Checkpoint.save = counted  # in this process alone
+    dist.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=2)
+    model, x, y = _problem()
+    mine = slice(ENDS[2][rank], ENDS[2][rank + 1])
+    batches = list(zip(x[mine].split(4), y[mine].split(4), strict=True))
+    K = it.ekfac(model, LOSS, batches, distributed=True, checkpoint=path, checkpoint_every=1)
+    torch.save((K.to_dense(), len(saved)), f"{folder}/{path.name}-{rank}.pt")
+    dist.destroy_process_group()
+
+
+def _killed_and_resumed(rank: int, folder: str) -> None:
+    """Fits in children of this process, each of which is killed at another moment."""
+    torch.set_num_threads(1)
+    for path, *kills in KILLS:
+        for attempt, kill_after in enumerate((*(kill[rank] for kill in kills), 0)):
+            child = os.fork()
+            if child == 0:
+                with contextlib.suppress(BaseException):  # of a process whose peer was killed
+                    meet = f"{folder}/meet-{path}-{attempt}"
+                    _fit(rank, folder, meet, Path(folder) / path, kill_after)
+                    os._exit(0)
+                os._exit(1)
+            _, status = os.waitpid(child, 0)
+            if kill_after:
+                assert os.WIFSIGNALED(status)
+                assert os.WTERMSIG(status) == signal.SIGKILL
+            ended = Path(folder) / f"ended-{path}-{attempt}-{rank}"
+            ended.touch()
+            while not ended.with_name(f"ended-{path}-{attempt}-{1 - rank}").exists():
+                time.sleep(0.01)
+
+
+# Process 0 has 3 batches, process 1 has 6: files 1-3 (1-6) are of factors, the next is of their
+# eigenvectors, and the rest of moments. Before which file each is killed, attempt by attempt.
+KILLS = (
+    ("whole",),
+    ("early", (2, 1)),
+    ("between", (5, 7)),  # 0 has saved the next stage, 1 not yet
+    ("twice", (3, 2), (3, 8)),
+)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs POSIX processes")
+def test_a_killed_fit_of_several_processes_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    pytest.importorskip("safetensors")
+    multiprocessing.spawn(_killed_and_resumed, args=(str(tmp_path),), nprocs=2)
+    whole, written = torch.load(tmp_path / "whole-0.pt")
+    model, x, y = _problem()
+    expected = it.ekfac(model, LOSS, (x, y)).to_dense()
+    torch.testing.assert_close(whole, expected, rtol=1e-9, atol=1e-12)
+    for path, *_ in KILLS:
+        for rank in range(2):
+            found, left = torch.load(tmp_path / f"{path}-{rank}.pt")
+            assert torch.equal(found, whole), path
+            if path != "whole" and rank == 0:
+                assert left < written, path
 
 
 def test_the_door_says_what_is_missing() -> None:

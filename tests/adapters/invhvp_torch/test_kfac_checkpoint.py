@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 import invhvp_torch as it
+from invhvp_torch.kronecker_fit import Fit
 from tests.adapters.invhvp_torch.kronecker_models import MORE
 from tests.adapters.invhvp_torch.models import BY_NAME, cross_entropy
 
@@ -97,6 +99,39 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path):
     batches[1] = batches[0]
     with pytest.raises(ValueError, match="the data differ"):
         it.ekfac(model, cross_entropy, batches, checkpoint=path, checkpoint_every=1)
+
+
+def test_a_checkpoint_of_more_batches_is_refused(tmp_path):
+    """All that is left is done already: nothing else would show that the data are others."""
+    fit(tmp_path / "file")
+    model, batches = problem()
+    with pytest.raises(ValueError, match="the data differ"):
+        it.ekfac(
+            model, cross_entropy, batches[:3], checkpoint=tmp_path / "file", checkpoint_every=1
+        )
+
+
+def test_other_data_after_a_kill_between_passes_are_refused(tmp_path, monkeypatch):
+    """Eigenvectors of some data and moments of others would be of neither."""
+
+    class Killed(BaseException):
+        pass
+
+    def killed(*_, **__):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Fit, "_read_moments", killed)
+        with pytest.raises(Killed):
+            fit(tmp_path / "file")
+    model, batches = problem()
+    batches[1] = batches[0]
+    shutil.copy(tmp_path / "file", tmp_path / "other")
+    with pytest.raises(ValueError, match="the data differ"):
+        it.ekfac(model, cross_entropy, batches, checkpoint=tmp_path / "other", checkpoint_every=1)
+    whole, _ = fit(tmp_path / "whole")
+    again, _ = fit(tmp_path / "file")
+    assert torch.equal(whole.to_dense(), again.to_dense())
 
 
 def test_a_checkpoint_is_replaced_in_one_step(tmp_path, monkeypatch):

@@ -95,6 +95,9 @@ def test_zarr_has_the_dtype_of_the_factors(case, tmp_path):
     np.testing.assert_array_equal(stored[...], expected)
     with pytest.raises(FileExistsError, match="overwrite=True"):
         calculator.influences(test, train).to_zarr(tmp_path / "s")
+    zarr.open_group(tmp_path / "g", mode="w").create_array("mine", shape=(1,), dtype="f8")
+    with pytest.raises(FileExistsError, match="overwrite=True"):
+        calculator.influences(test, train).to_zarr(tmp_path / "g")
     assert calculator.influence_factors(test).to_zarr(tmp_path / "s", overwrite=True) is None
     np.testing.assert_array_equal(zarr.open_array(tmp_path / "s")[...], rows)
     moved = calculator.influences(test, train, mode="perturbation").to_zarr(

@@ -257,6 +257,32 @@ def test_exploring_lambda_solves_once_or_not_at_all(build, spent):
         fit.explore_hessian_regularization(x_test, y_test, [-1.0])
 
 
+def test_a_lambda_that_is_refused_changes_nothing():
+    model, (x, y), _ = problem.mlp()
+    for influence, refused in (
+        (inf.NystroemSketchInfluence(model, LOSS, 2.0, 26), 1e-6),  # the Hessian is indefinite
+        (inf.LissaInfluence(model, LOSS, 2.0, scale=5.0), 50.0),  # the iteration would diverge
+    ):
+        before = influence.fit((x, y)).influences(x[:2], y[:2])
+        with pytest.raises(ValueError, match="must"):
+            influence.regularization = refused
+        assert influence.regularization == 2.0
+        assert influence.solution_.x.shape[1] == 2
+        torch.testing.assert_close(influence.influences(x[:2], y[:2]), before, rtol=0, atol=0)
+
+
+def test_explored_lambdas_are_found_under_floats():
+    _, (x, y), _ = problem.mlp()
+    explored = direct().fit((x, y)).explore_hessian_regularization(x, y, torch.tensor([0.5, 1.0]))
+    assert explored[0.5][""].shape == explored[1.0][""].shape == (len(x), len(x))
+
+
+def test_single_samples_are_refused_in_words():
+    _, (x, y), _ = problem.mlp()
+    with pytest.raises(ValueError, match="pass batches"):
+        direct().fit((x, y)).influences(x[0], y[0])
+
+
 def test_exploring_by_layer():
     _, train, (x, y) = problem.mlp()
     fit = direct(block_structure="layer_wise").fit(train)

@@ -1,0 +1,63 @@
+"""python -m benchmarks.readme: write the README's table from the results; nothing is typed."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from . import report
+from .peers.tables import GOALS, TITLES, fastest
+
+README = Path(__file__).parents[1] / "README.md"
+SECTION = re.compile(r"(<!-- peers -->\n).*?(\n<!-- /peers -->)", re.DOTALL)
+
+
+def table(content: dict[str, Any]) -> str:
+    """A line for each problem: ours, the fastest peer, and the ratio of seconds."""
+    lines = []
+    for (case, matrix, damping), group in report.grouped(
+        content["rows"], "case", "matrix", "damping"
+    ):
+        line = [f"{TITLES[matrix]}, {case}, λ = {damping:.0e}"]
+        for goal in GOALS:
+            own, other = fastest(group, goal)
+            line += _cells(own, other)
+        lines.append(line)
+    head = ["problem"]
+    for goal in GOALS:
+        head += [f"to {goal:.0e}: `invhvp`", "fastest peer", "ratio"]
+    return report.table(head, lines)
+
+
+def _cells(own: dict[str, Any] | None, other: dict[str, Any] | None) -> list[str]:
+    mine = "–" if own is None else f"{own['seconds']:.2g} s, {own['method']}"
+    theirs = "none" if other is None else f"{other['seconds']:.2g} s, {_name(other)}"
+    ratio = "–"
+    if own is not None and other is not None:
+        ratio = f"{other['seconds'] / own['seconds']:.2g}"
+        ratio = f"**{ratio} ×**" if other["seconds"] > own["seconds"] else f"{ratio} ×"
+    return [re.sub(r" to 1e-\d", "", text) for text in (mine, theirs)] + [ratio]
+
+
+def _name(row: dict[str, Any]) -> str:
+    return row["method"] if row["library"] == "invhvp" else f"{row['library']} {row['method']}"
+
+
+def written(text: str, content: dict[str, Any]) -> str:
+    """The README's text with the table of these results."""
+    if not SECTION.search(text):
+        raise ValueError("the README has no <!-- peers --> section")
+    return SECTION.sub(lambda found: found[1] + table(content) + found[2], text)
+
+
+def main() -> None:
+    """Rewrite the README in place."""
+    content = json.loads((report.RESULTS / "peers.json").read_text(encoding="utf-8"))
+    text = README.read_text(encoding="utf-8")
+    README.write_text(written(text, content), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
