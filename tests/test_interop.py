@@ -593,7 +593,9 @@ def test_scale_of_the_right_hand_side_changes_nothing_but_the_scale(name: str):
 
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("wrap", [sp.csr_array, ssl.aslinearoperator, np.asarray], ids=["csr", "operator", "array"])
+@pytest.mark.parametrize(
+    "wrap", [sp.csr_array, ssl.aslinearoperator, np.asarray], ids=["csr", "operator", "array"]
+)
 def test_dtype_and_shape_are_kept(name: str, dtype: str, wrap: Any):
     dense = poisson().toarray().astype(dtype)
     b = right_hand_side(dense).astype(dtype)

@@ -20,3 +20,4 @@ from .kronecker import kfac as kfac
 from .mixed import mixed_gradients as mixed_gradients
 from .parameters import from_array as from_array
 from .parameters import to_array as to_array
+from .streamed import streamed_gradients as streamed_gradients

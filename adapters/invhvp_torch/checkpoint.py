@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
-from collections.abc import Mapping
+import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from . import samples
 
 _FORMAT = "invhvp-checkpoint/1"
 
@@ -105,6 +109,18 @@ def check_data(same: bool) -> None:
             "the data differ from those that the checkpoint was made of; delete it, or "
             "pass the same batches in the same order"
         )
+
+
+def owner_of(said: Any, loss: Any, parameters: Sequence[torch.Tensor]) -> int:
+    """A checksum of options, of the loss as far as it can be told, and of parameters."""
+    options = vars(loss) if isinstance(loss, torch.nn.Module) else {}
+    if isinstance(loss, functools.partial):
+        loss, options = loss.func, loss.keywords
+    name = getattr(loss, "__qualname__", type(loss).__qualname__)
+    plain = {k: v for k, v in options.items() if isinstance(v, str | int | float | None)}
+    values = samples.fingerprint([p.detach() for p in parameters])
+    text = f"{said!r} {name} {sorted(plain.items())} {parameters[0].dtype} {values}"
+    return zlib.crc32(text.encode())
 
 
 def _opened(path: Path, device: torch.device) -> Any:

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-import zlib
 from pathlib import Path
 from typing import Any, Literal
-
-import torch
 
 from invhvp.layout import Layout
 from invhvp.methods._progress import progress_bar
@@ -20,9 +16,9 @@ from invhvp.operators import (
     LinearOperator,
 )
 
-from . import samples, seeds
+from . import seeds
 from .bridge import Bridge, TorchDoor, bridge_to
-from .checkpoint import checkpoint_at
+from .checkpoint import checkpoint_at, owner_of
 from .curvature import check_count
 from .data import Cache, read
 from .distributed import Distributed, check_same_model, own_seed, processes_of
@@ -218,11 +214,8 @@ def _build(
     budget = shards.least(_budget(memory, selected))
     saved = None
     if checkpoint is not None:
-        said = (
-            name, fisher, n_samples, sharing, rng, training, reduction, _said_of(loss),
-            selected.layout, budget,
-        )  # fmt: skip
-        owner = _owner(said if memory else said[:-1], selected)
+        said = (name, fisher, n_samples, sharing, rng, training, reduction, selected.layout, budget)
+        owner = owner_of(said if memory else said[:-1], loss, selected.tensors)
         with shards.together():
             saved = checkpoint_at(checkpoint, every, owner, shards.name)
     rows = Rows(objective, selected, source, training=training, seed=rng)
@@ -293,18 +286,3 @@ def _bridged(A: Any, bridge: Bridge | None) -> LinearOperator:
     if isinstance(A, Dense):
         return Dense(give(A.to_dense()), psd=True, check=False)
     return Diagonal(give(A.diagonal()), psd=True)
-
-
-def _said_of(loss: Any) -> str:
-    """What a loss can say of itself that is the same in another process: name and options."""
-    options = vars(loss) if isinstance(loss, torch.nn.Module) else {}
-    if isinstance(loss, functools.partial):
-        loss, options = loss.func, loss.keywords
-    name = getattr(loss, "__qualname__", type(loss).__qualname__)
-    plain = {k: v for k, v in options.items() if isinstance(v, str | int | float | None)}
-    return f"{name} {sorted(plain.items())}"
-
-
-def _owner(said: Any, parameters: Parameters) -> int:
-    values = samples.fingerprint([p.detach() for p in parameters.tensors])
-    return zlib.crc32(f"{said!r} {parameters.like.dtype} {values}".encode())

@@ -233,6 +233,12 @@ class Pass:
             self._rows.log()
         return found
 
+    def look_at(self, batches: Cached | Streamed) -> None:
+        """Learn how rows come about from the first batch; count those of all."""
+        self._rows.probe(next(iter(batches)))
+        self.read(batches, keep=False, convex=False)
+        self._rows.log()
+
     def stream(self, batches: Cached | Streamed) -> Iterator[StackedGradients]:
         """The rows batch by batch."""
         model, device = self._objective.model, self._parameters.like.device

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from .. import _backend
-from ..gradients import GradientMatrix
+from ..gradients import GradientMatrix, StreamedGradients
 from ..operators.data_parallel import agreed
 from ..operators.rank_one_mean import SampleSpaceInverse
 from ..protocols import Array
@@ -14,6 +14,7 @@ from ..solution import Solution
 
 TEST_BLOCK = 128  # right-hand sides solved together: the widest block that still pays in BlockCG
 TRAIN_BLOCK = 2048  # a block of float32 scores is 1 MiB
+_LEAST_TRAIN_BLOCK = 64  # where rows would not fit, streams hold factors of them
 _ROOM = 8  # a temporary takes at most this share of the free memory
 _WORKING = 16  # vectors of length p that an iterative method holds for each right-hand side
 _NATURAL = 1 << 62  # `parts` of this size are the batches as they come
@@ -35,7 +36,10 @@ class ParameterFactors:
             _ROOM * _WORKING * self.width * _backend.itemsize(self.like.dtype)
         )
         rows = agreed(inverse.operator, max(1, min(TEST_BLOCK, room)))
-        self.block_shape = (int(rows), TRAIN_BLOCK)
+        columns = TRAIN_BLOCK
+        if isinstance(train, StreamedGradients):  # a block of what is read is held: maybe rows
+            columns = max(_LEAST_TRAIN_BLOCK, min(columns, _WORKING * room))
+        self.block_shape = (int(rows), columns)
 
     def solve(self, rows: GradientMatrix) -> tuple[Array, Solution]:
         """Factors (n, p) of some test samples; raises where they would be meaningless."""

@@ -128,3 +128,14 @@ def test_top_k_at_the_door():
                              ([block], 0, "at least 1")):  # fmt: skip
         with pytest.raises(ValueError, match=words):
             top_k(blocks, k)
+
+
+def test_streamed_rows_are_held_as_the_memory_allows(monkeypatch):
+    rows = np.random.default_rng(0).standard_normal((500, 20))
+    stream = ih.StreamedGradients(lambda: (rows[i : i + 50] for i in range(0, 500, 50)))
+    inverse = ih.Direct().prepare(ih.Diagonal(np.arange(1.0, 21.0)), damping=0.1)
+    monkeypatch.setattr("invhvp._backend.free_memory", lambda like: 8 * 16 * 20 * 8 * 6)
+    found = list(ih.Influence(inverse, stream).blocks(ih.DenseGradients(rows[:3])))
+    assert max(columns.stop - columns.start for _, columns, _ in found) == 6 * 16
+    scores = np.concatenate([block for _, _, block in found], axis=1)
+    np.testing.assert_allclose(scores, rows[:3] @ (rows / (np.arange(1.0, 21.0) + 0.1)).T)

@@ -149,7 +149,7 @@ def test_a_diagonal_is_known_where_every_process_knows_its_own(backend: Backend)
         if process.rank == 1:
             diagonal, like = backend.asarray(d)[:, None], backend.asarray(d)
             local = ih.Callback(lambda X: diagonal * X, N, like=like, psd=True)
-        A = data_parallel(local, share=3, processes=process)
+        A: Any = data_parallel(local, share=3, processes=process)
         return isinstance(A, HasDiagonal), ih.Jacobi().prepare(A, damping=1.0) @ backend.asarray(d)
 
     for known, x in processes.run(2, work):

@@ -251,9 +251,9 @@ def _killed_and_resumed(rank: int, folder: str) -> None:
 # eigenvectors, and the rest of moments. Before which file each is killed, attempt by attempt.
 KILLS = (
     ("whole",),
-    ("early", (2, 1)),
+    ("early", (3, 2)),
     ("between", (5, 7)),  # 0 has saved the next stage, 1 not yet
-    ("twice", (3, 2), (3, 8)),
+    ("twice", (2, 3), (3, 8)),
 )
 
 

@@ -457,3 +457,49 @@ def test_progress_shows_a_bar(capsys):
     model, x, y = MLP.build()
     it.ekfac(model, cross_entropy, (x, y), batch_size=2, progress=True)
     assert "EKFAC" in capsys.readouterr().err
+
+
+class Experts(nn.Module):
+    """Each sample goes to one of two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList([nn.Linear(5, 4), nn.Linear(5, 4)])
+        self.out = nn.Linear(4, 3)
+
+    def forward(self, x):
+        h = x.new_zeros(len(x), 4)
+        for i, expert in enumerate(self.experts):
+            rows = ((x[:, 0] > 0).long() == i).nonzero()[:, 0]
+            if len(rows):
+                h = h.index_add(0, rows, torch.tanh(expert(x[rows])))
+        return self.out(h)
+
+
+class Pairs(nn.Module):
+    """Layers are called on two samples at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.out = nn.Linear(5, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return torch.cat([self.out(torch.tanh(self.inner(part))) for part in x.split(2)])
+
+
+@pytest.mark.parametrize("build", [Experts, Pairs])
+@pytest.mark.parametrize("fit", [it.kfac, it.ekfac])
+def test_layers_on_some_of_the_samples_get_exact_blocks(build, fit):
+    torch.manual_seed(0)  # the two samples of the probe go to the same expert
+    model = build().double()
+    x, y = torch.randn(8, 5, dtype=torch.float64), torch.randint(3, (8,))
+    K = fit(model, cross_entropy, (x, y), fisher="empirical")
+    rows = it.per_sample_gradients(model, cross_entropy, x, y).to_dense()
+    F = rows.T @ rows / 8
+    dense = [name for name, A in K.blocks.items() if isinstance(A, ih.Dense)]
+    assert len(dense) == 4
+    for name in dense:
+        assert_close(K.blocks[name].to_dense(), block(F, K, name))
+    assert "out" in K.blocks or build is Pairs
+    if fit is it.ekfac:
+        assert_close(torch.tensor(K.trace()), torch.tensor(float(F.trace())))

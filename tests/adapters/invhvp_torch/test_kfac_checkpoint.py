@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import invhvp_torch as it
+from invhvp_torch.checkpoint import checkpoint_at
 from invhvp_torch.kronecker_fit import Fit
 from tests.adapters.invhvp_torch.kronecker_models import MORE
 from tests.adapters.invhvp_torch.models import BY_NAME, cross_entropy
@@ -109,6 +111,58 @@ def test_a_checkpoint_of_more_batches_is_refused(tmp_path):
         it.ekfac(
             model, cross_entropy, batches[:3], checkpoint=tmp_path / "file", checkpoint_every=1
         )
+
+
+def test_a_checkpoint_of_fewer_batches_is_refused(tmp_path):
+    """What is new would be in the second moments alone."""
+    model, batches = problem()
+    options = {"checkpoint": tmp_path / "file", "checkpoint_every": 1}
+    it.ekfac(model, cross_entropy, batches[:3], **options)
+    with pytest.raises(ValueError, match="the data differ"):
+        it.ekfac(model, cross_entropy, batches, **options)
+
+
+def test_a_checkpoint_of_another_loss_is_refused(tmp_path):
+    model, batches = problem()
+    smooth = torch.nn.CrossEntropyLoss(label_smoothing=0.3)
+    it.ekfac(model, smooth, batches, fisher="empirical", checkpoint=tmp_path / "file")
+    for loss in (torch.nn.CrossEntropyLoss(label_smoothing=0.1), cross_entropy):
+        with pytest.raises(ValueError, match="another model, other options"):
+            it.ekfac(model, loss, batches, fisher="empirical", checkpoint=tmp_path / "file")
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path):
+    path = tmp_path / "file"
+    fit(path)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match="checkpoint file is damaged"):
+        fit(path)
+
+
+@pytest.mark.parametrize("fisher", ["exact", "empirical"])
+def test_products_of_a_resumed_fit_have_the_same_bits(tmp_path, fisher):
+    """A file's tensors lie anywhere in memory, and products round by where they lie."""
+    torch.manual_seed(2)
+    layers = [nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3)]
+    model = nn.Sequential(*layers).double()
+    x, y = torch.randn(30, 2, 4, 4, dtype=torch.float64), torch.randint(3, (30,))
+    batches = list(zip(x.split(4), y.split(4), strict=True))
+    whole = it.ekfac(model, cross_entropy, batches, fisher=fisher, cache=False)
+    options = {"fisher": fisher, "checkpoint": tmp_path / "file", "checkpoint_every": 2}
+    for _ in range(2):
+        K = it.ekfac(model, cross_entropy, batches, cache=False, **options)
+        eye = torch.eye(K.shape[0], dtype=torch.float64)
+        assert torch.equal(K @ eye, whole @ eye)
+
+
+def test_a_resumed_state_is_aligned_as_any_other_tensor(tmp_path):
+    names = {f"U:{'x' * i}": torch.ones(i + 1) for i in range(4)}
+    saved = checkpoint_at(tmp_path / "file", 1, 0)
+    assert saved is not None
+    saved.save(names, {"stage": 0})
+    found = saved.load(torch.device("cpu"), 0)
+    assert found is not None
+    assert all(t.data_ptr() % 64 == 0 for t in found[0].values())
 
 
 def test_other_data_after_a_kill_between_passes_are_refused(tmp_path, monkeypatch):
