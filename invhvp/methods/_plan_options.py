@@ -101,7 +101,7 @@ def _factorised(A: LinearOperator, k: int, rtol: float, flops: float) -> PlanOpt
         own = (2.0 * N * n * m + m**3 / 3) / flops
         note = f"exact, through {m} x {m}"
         method, size = SampleSpace(rtol=rtol), 24 * m * m
-        norm = 0 if N < n else norm  # its Gram matrix knows ‖A‖
+        norm = 0 if n > N else norm  # its Gram matrix knows ‖A‖
         return PlanOption(
             label="SampleSpace",
             method=method,

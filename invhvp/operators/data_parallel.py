@@ -44,7 +44,7 @@ class DataParallel(LinearOperator):
         array([1., 2.])
     """
 
-    processes: Processes  # pyright: ignore[reportIncompatibleVariableOverride]
+    processes: Any
     diagonal: Callable[[], Array]  # there only where every process knows that of its own
 
     def __init__(
