@@ -11,7 +11,7 @@ from . import report
 from .peers.tables import GOALS, TITLES, fastest
 
 README = Path(__file__).parents[1] / "README.md"
-SECTION = re.compile(r"(<!-- peers -->\n).*?(\n<!-- /peers -->)", re.DOTALL)
+SECTION = re.compile(r"(<!-- peers -->\n).*?(<!-- /peers -->)", re.DOTALL)
 
 
 def table(content: dict[str, Any]) -> str:
@@ -49,7 +49,7 @@ def written(text: str, content: dict[str, Any]) -> str:
     """The README's text with the table of these results."""
     if not SECTION.search(text):
         raise ValueError("the README has no <!-- peers --> section")
-    return SECTION.sub(lambda found: found[1] + table(content) + found[2], text)
+    return SECTION.sub(lambda found: found[1] + table(content) + "\n" + found[2], text)
 
 
 def main() -> None:

@@ -55,6 +55,7 @@ _HESSIANS = (
     Case(network="transformer", n_train=400, damping=1e-1),
 )
 _OTHERS = (
+    Case(network="mlp_small", matrix="ggn", dtype="float64"),  # where blocks are compared too
     Case(network="mlp", matrix="ggn", dtype="float64"),
     Case(network="cnn", matrix="ggn", n_train=400),
     Case(network="mlp", matrix="fisher", dtype="float64"),
@@ -205,5 +206,6 @@ def _merged(found: list[dict[str, Any]]) -> dict[str, Any]:
         "residual": good[-1].get("residual"),
         "error": good[-1].get("error"),
         "spearman": good[-1].get("spearman"),
+        "block_error": good[-1].get("block_error"),
         "said": good[-1].get("said", ""),
     }

@@ -62,7 +62,12 @@ def _kronecker(kind: Any, **options: Any) -> Any:
         # Factors are computed at the first product.
         G = problem.gradients().T
         inverse @ G[:, :1]
-        return lambda: (inverse @ G).T.detach()
+
+        def solve() -> Any:
+            return (inverse @ G).T.detach()
+
+        solve.inverse = lambda: (inverse @ torch.eye(len(G), dtype=G.dtype)).detach()
+        return solve
 
     return prepare
 

@@ -40,7 +40,14 @@ def _attributor(kind: Any, **options: Any) -> Any:
         whole = torch.utils.data.DataLoader(data, batch_size=len(data))
         attributor.cache(whole)
         G = problem.gradients()
-        return lambda: attributor.transform_test_rep(0, G).detach()
+
+        def solve() -> Any:
+            return attributor.transform_test_rep(0, G).detach()
+
+        if kind is IFAttributorEKFAC:
+            unit = torch.eye(G.shape[1], dtype=G.dtype)
+            solve.inverse = lambda: attributor.transform_test_rep(0, unit).detach()
+        return solve
 
     return prepare
 
@@ -52,4 +59,5 @@ CONTENDERS = {
     "hessian: Arnoldi, defaults": _attributor(IFAttributorArnoldi),
     "hessian: DataInf": _attributor(IFAttributorDataInf),
     "hessian: EKFAC": _attributor(IFAttributorEKFAC),
+    "ggn: EKFAC": _attributor(IFAttributorEKFAC),
 }

@@ -63,6 +63,7 @@ class Judge:
         self.n = self.A.shape[0]
         self.damping = given["damping"]
         self.B = p.gradients().T
+        self.blocks = _layers(p.model)
         self.exact = self._solve()
         self.train = it.per_sample_gradients(p.model, p.loss, *p.train)
         self.scores = (self.train @ self.exact).numpy().T
@@ -78,9 +79,11 @@ class Judge:
 
     def metrics(self, answer: Any) -> dict[str, float]:
         """The largest relative residual, the median relative error, the mean rank correlation."""
+        if isinstance(answer, dict) and "scores" in answer:
+            return {"spearman": self._spearman(answer["scores"].double().numpy())}
         if isinstance(answer, dict):
-            scores = answer["scores"].double().numpy()
-            return {"spearman": self._spearman(scores)}
+            found = self.metrics(answer["solutions"])
+            return {**found, "block_error": self._block_error(answer["inverse"])}
         X = answer.double().T
         if not bool(torch.isfinite(X).all()):
             return {"residual": float("inf"), "error": float("inf"), "spearman": float("nan")}
@@ -92,9 +95,32 @@ class Judge:
             "spearman": self._spearman((self.train @ X).numpy().T),
         }
 
+    def _block_error(self, inverse: Any) -> float:
+        """‖K − F‖/‖F‖ over the blocks [W | b] of the layers, in the Frobenius norm."""
+        damping = self.damping * np.eye(self.n)
+        K = np.linalg.inv(inverse.double().numpy()) - damping
+        F = self.A.to_dense().numpy()
+        wrong = right = 0.0
+        for block in self.blocks:
+            mine, exact = K[np.ix_(block, block)], F[np.ix_(block, block)]
+            wrong += float(np.sum((mine - exact) ** 2))
+            right += float(np.sum(exact**2))
+        return float(np.sqrt(wrong / right))
+
     def _spearman(self, scores: np.ndarray) -> float:
         pairs = zip(scores, self.scores, strict=True)
         return float(np.mean([scipy.stats.spearmanr(a, b).statistic for a, b in pairs]))
+
+
+def _layers(model: Any) -> list[np.ndarray]:
+    """Positions of the parameters of each module."""
+    found: dict[str, list[np.ndarray]] = {}
+    start = 0
+    for name, q in model.named_parameters():
+        positions = np.arange(start, start + q.numel())
+        found.setdefault(name.rpartition(".")[0], []).append(positions)
+        start += q.numel()
+    return [np.concatenate(parts) for parts in found.values()]
 
 
 def _data(network: str) -> tuple[Any, Any, str]:

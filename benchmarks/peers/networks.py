@@ -85,6 +85,7 @@ def _transformer() -> nn.Module:
 
 NETWORKS = {
     "logreg": lambda: _mlp(64, 10),
+    "mlp_small": lambda: _mlp(64, 12, 10),
     "mlp": lambda: _mlp(64, 64, 10),
     "cnn": _cnn,
     "mlp_wide": lambda: _mlp(64, 512, 512, 10),
@@ -121,6 +122,10 @@ class Problem:
     def loader(self) -> Any:
         data = torch.utils.data.TensorDataset(*self.train)
         return torch.utils.data.DataLoader(data, batch_size=self.batch)
+
+    @property
+    def n_parameters(self) -> int:
+        return sum(q.numel() for q in self.model.parameters())
 
     def parameters(self) -> list[Any]:
         return list(self.model.parameters())

@@ -56,29 +56,19 @@ def _on_ekfac(**options: Any) -> Any:
     return method
 
 
-def _ekfac(**options: Any) -> Any:
+def _kronecker(build: Any, **options: Any) -> Any:
     def prepare(problem: Any) -> Any:
-        K = it.ekfac(problem.model, problem.loss, problem.train, **options)
+        K = build(problem.model, problem.loss, problem.train, **options)
         inverse = ih.Direct().prepare(K, damping=problem.damping)
 
         def solve() -> Any:
             G = it.per_sample_gradients(problem.model, problem.loss, *problem.test)
             return (inverse @ G.to_dense().T).T
 
+        solve.inverse = inverse.to_dense  # pyright: ignore[reportFunctionMemberAccess]
         return solve
 
     return prepare
-
-
-def _kfac(problem: Any) -> Any:
-    K = it.kfac(problem.model, problem.loss, problem.train)
-    inverse = ih.Direct().prepare(K, damping=problem.damping)
-
-    def solve() -> Any:
-        G = it.per_sample_gradients(problem.model, problem.loss, *problem.test)
-        return (inverse @ G.to_dense().T).T
-
-    return solve
 
 
 def _scipy(rtol: float) -> Any:
@@ -130,14 +120,15 @@ CONTENDERS = {
     "hessian: Arnoldi 50": _method("hessian", ih.Arnoldi(rank=50)),
     "hessian: NystroemSketch 50": _method("hessian", ih.NystroemSketch(rank=50)),
     "hessian: InverseHarmonicMean": _method("fisher", ih.InverseHarmonicMean()),
-    "hessian: K-FAC": _kfac,
-    "hessian: EKFAC": _ekfac(),
+    "hessian: K-FAC": _kronecker(it.kfac),
+    "hessian: EKFAC": _kronecker(it.ekfac),
     "hessian: SciPy CG to 1e-3": _scipy(1e-3),
     "ggn: SampleSpace": _method("ggn", ih.SampleSpace()),
     "ggn: BlockCG to 1e-3": _method("ggn", _block(1e-3)),
-    "ggn: K-FAC": _kfac,
-    "ggn: EKFAC": _ekfac(),
+    "ggn: K-FAC": _kronecker(it.kfac),
+    "ggn: EKFAC": _kronecker(it.ekfac),
+    "ggn: EKFAC, signs": _kronecker(it.ekfac, fisher="sign"),
     "fisher: SampleSpace": _method("fisher", ih.SampleSpace()),
     "fisher: BlockCG to 1e-3": _method("fisher", _block(1e-3)),
-    "fisher: EKFAC": _ekfac(fisher="empirical"),
+    "fisher: EKFAC": _kronecker(it.ekfac, fisher="empirical"),
 }

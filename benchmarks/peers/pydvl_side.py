@@ -59,6 +59,8 @@ CONTENDERS = {
     "hessian: InverseHarmonicMean": _model(InverseHarmonicMeanInfluence),
     "hessian: EKFAC": _ekfac(update=False),
     "hessian: EKFAC, updated diagonal": _ekfac(update=True),
+    "ggn: EKFAC": _ekfac(update=False),
+    "ggn: EKFAC, updated diagonal": _ekfac(update=True),
     "fisher: Direct": _model(DirectInfluence, **FISHER),
     "fisher: block CG, defaults": _block(**FISHER),
     "fisher: block CG to 1e-3": _block(rtol=3e-2, atol=0.0, maxiter=200, **FISHER),

@@ -56,6 +56,13 @@ def fastest(
     return first(own), first(other)
 
 
+def _said(row: dict[str, Any]) -> str:
+    said = [row["said"], f"{row['peak_mib']:.0f} MiB"]
+    if row.get("block_error") is not None:
+        said.insert(0, f"blocks {row['block_error']:.2g} off")
+    return "; ".join(part for part in said if part)
+
+
 def _order(row: dict[str, Any]) -> tuple[int, float]:
     residual = row.get("residual")
     if residual is None:
@@ -81,13 +88,13 @@ def _line(row: dict[str, Any]) -> list[str]:
         report.number(row.get("residual")),
         report.number(row.get("error")),
         "–" if spearman is None else f"{spearman:.3f}",
-        f"{row['said']}; {row['peak_mib']:.0f} MiB".removeprefix("; "),
+        _said(row),
     ]
 
 
 _HEAD = [
     "library, method", "fit, s", "solve, s", "both, s", "true residual", "error", "Spearman",
-    "says; peak memory",
+    "says of itself; peak memory",
 ]  # fmt: skip
 TITLES = {"hessian": "Hessian", "ggn": "Gauss–Newton", "fisher": "Empirical Fisher"}
 _LEGEND = """\
@@ -98,4 +105,5 @@ without imports; what takes more than a sixth of the cap runs once. The residual
 relative one of all right-hand sides, the error the median of ‖x − x*‖/‖x*‖, both against the exact
 matrix of the title in float64; Spearman is the mean rank correlation of a test point's scores with
 exact ones. Methods that approximate another matrix are judged by the same one: that is what they
-are used for. SciPy's CG runs on our operator and counts as a peer."""
+are used for; "blocks … off" is the relative Frobenius error of their blocks [W | b]. SciPy's CG
+runs on our operator and counts as a peer."""

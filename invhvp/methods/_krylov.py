@@ -123,7 +123,7 @@ def freeze_columns(ok: Array, new: Any, old: Any) -> Any:
 class KrylovMethod:
     """Options shared by CG and BlockCG; see there."""
 
-    _blocks_held: ClassVar[int] = 7  # blocks (n, k) alive in one iteration, with temporaries
+    _blocks_held: ClassVar[int] = 15  # blocks (n, k) alive at most, with temporaries: measured
 
     rtol: float = 1e-5
     atol: float = 0.0

@@ -45,7 +45,7 @@ class BlockCG(KrylovMethod):
             inverse says to what, with a warning).
         reduce: sum over processes where the parameter vector is sharded.
 
-    Cost per iteration and column block of width b: b products, 14-16·n·b² flops, 5-6 blocks of
+    Cost per iteration and column block of width b: b products, 14-16·n·b² flops, 12-15 blocks of
     memory (n × b), one look every `check_every` iterations. One pass more for the residual.
 
     Source: Dubrulle (2001), algorithm BCGrQ; Ji & Li (2017) for the breakdown-free idea; the

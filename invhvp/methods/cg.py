@@ -25,7 +25,7 @@ class CG(KrylovMethod):
         rtol, atol, etol, maxiter, max_products, max_seconds, preconditioner, recycle, check_every,
             residual_operator, max_restarts, symmetry_tol, reduce: see `BlockCG`.
 
-    Cost per iteration: k products, 10·n·k flops, 4-5 blocks of memory (n × k), one look every
+    Cost per iteration: k products, 10·n·k flops, 11-13 blocks of memory (n × k), one look every
     `check_every` iterations. One pass more for the residual.
 
     Source: Hestenes & Stiefel (1952); Gauss–Radau bound: Meurant & Tichý (2013), equation 3.5.

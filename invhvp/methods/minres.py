@@ -27,7 +27,7 @@ class Minres(KrylovMethod):
         preconditioner: a Method whose inverse is one fixed positive-definite map.
         max_restarts: restarts on the true residual.
 
-    Cost per iteration: k products, 14·n·k flops, 8 blocks of memory (n × k).
+    Cost per iteration: k products, 14·n·k flops, 17-19 blocks of memory (n × k).
 
     Source: Paige & Saunders (1975), section 4; the stopping test for singular systems is that of
     Choi, Paige & Saunders (2011).
@@ -39,7 +39,7 @@ class Minres(KrylovMethod):
         array([-0.666667, -2.      ,  0.666667,  0.285714])
     """
 
-    _blocks_held: ClassVar[int] = 10
+    _blocks_held: ClassVar[int] = 19
 
     max_restarts: int = 10
 
