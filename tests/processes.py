@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 _PATIENCE = 60.0  # seconds that one thread waits for another: what hangs must fail
@@ -30,15 +31,23 @@ class Process:
         return total
 
 
-def run(size: int, work: Callable[[Process], Any]) -> list[Any]:
-    """What `work(process)` returns in each of `size` threads; the first error that is its own."""
+def run(
+    size: int,
+    work: Callable[[Process], Any],
+    scope: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> list[Any]:
+    """What `work(process)` returns in each of `size` threads; the first error that is its own.
+
+    `scope` is that of a backend: JAX's precision belongs to the thread.
+    """
     barrier, given = threading.Barrier(size), [None] * size
     results: list[Any] = [None] * size
     errors: list[BaseException] = []
 
     def one(rank: int) -> None:
         try:
-            results[rank] = work(Process(rank, size, barrier, given))
+            with scope():
+                results[rank] = work(Process(rank, size, barrier, given))
         except BaseException as error:
             errors.append(error)
             barrier.abort()  # nobody waits for one that has failed

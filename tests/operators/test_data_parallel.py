@@ -48,7 +48,7 @@ def test_products_and_diagonal_are_those_of_all_samples(backend: Backend, size: 
         return product, A.diagonal(), A.n_terms
 
     M = rows.T @ rows / len(rows)
-    for product, diagonal, n_terms in processes.run(size, work):
+    for product, diagonal, n_terms in processes.run(size, work, backend.scope):
         backend.assert_like(product)
         tolerance = 20 * backend.eps * np.linalg.norm(M)
         np.testing.assert_allclose(
@@ -67,7 +67,7 @@ def test_subsets_are_means_at_the_scale_of_the_whole(backend: Backend) -> None:
         whole = A @ backend.asarray(np.eye(N))
         return [whole] + [A.subset(np.array(i)) @ backend.asarray(np.eye(N)) for i in chosen]
 
-    for whole, *parts in processes.run(3, work):
+    for whole, *parts in processes.run(3, work, backend.scope):
         assert whole.shape == (N, N)
         for indices, part in zip(chosen, parts, strict=True):
             expected = rows[indices].T @ rows[indices] / len(indices)
@@ -104,7 +104,7 @@ def test_methods_give_every_process_the_single_answer(backend: Backend, name: st
 
     whole = ih.RankOneMean(ih.DenseGradients(backend.asarray(rows)))
     alone = ih.solve(whole, backend.asarray(B), method, damping=damping)
-    first, second = processes.run(2, work)
+    first, second = processes.run(2, work, backend.scope)
     np.testing.assert_array_equal(backend.to_numpy(first.x), backend.to_numpy(second.x))
     assert first.status == second.status == alone.status
     M = rows.T @ rows / len(rows) + damping * np.eye(N)
@@ -134,7 +134,7 @@ def test_a_process_without_samples_takes_part(backend: Backend) -> None:
         A = ih.DataParallel(local, share=len(rows) * (1 - process.rank), processes=process)
         return A @ backend.asarray(np.eye(N))
 
-    for found in processes.run(2, work):
+    for found in processes.run(2, work, backend.scope):
         np.testing.assert_allclose(
             backend.to_numpy(found), rows.T @ rows / len(rows), atol=100 * backend.eps
         )
@@ -152,7 +152,7 @@ def test_a_diagonal_is_known_where_every_process_knows_its_own(backend: Backend)
         A: Any = data_parallel(local, share=3, processes=process)
         return isinstance(A, HasDiagonal), ih.Jacobi().prepare(A, damping=1.0) @ backend.asarray(d)
 
-    for known, x in processes.run(2, work):
+    for known, x in processes.run(2, work, backend.scope):
         assert not known
         np.testing.assert_allclose(backend.to_numpy(x), d / (d + 1), rtol=30 * backend.eps)
 
@@ -256,7 +256,7 @@ def test_gradients_are_gathered_in_their_own_structure(backend: Backend) -> None
         return gathered(local(process.rank), process)
 
     expected = np.concatenate([backend.to_numpy(local(rank).to_dense()) for rank in (0, 1)])
-    for G in processes.run(2, work):
+    for G in processes.run(2, work, backend.scope):
         kinds = [type(block).__name__ for block in G.blocks.values()]
         assert kinds == [
             "OuterProductGradients",
