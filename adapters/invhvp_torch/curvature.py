@@ -13,6 +13,7 @@ from invhvp.operators import LinearOperator
 
 from . import samples
 from .bridge import TorchDoor, bridge_to
+from .columns import Scratch
 from .data import Cache, Cached, Streamed, read
 from .distributed import Distributed, across, check_same_model, own_seed, processes_of, together
 from .double_backward import GradientGraph
@@ -163,6 +164,7 @@ class Hessian(TorchDoor):
         self._bytes_per_sample = bytes_per_sample
         self._whole = whole
         self._kept: dict[int, Any] = {}
+        self._scratch = Scratch()
 
     @property
     def n_samples(self) -> int:
@@ -174,30 +176,31 @@ class Hessian(TorchDoor):
         device = self._like.device
         complete = len(self._kept) == len(self._batches)
         with _replay(device) if complete else self._evaluation():
-            # Cloned, because a tensor made in inference mode cannot enter a graph.
-            rows = X.detach().mT.clone(memory_format=torch.contiguous_format)
-            total = torch.zeros_like(rows)
-            if rows.shape[0] == 0:
-                return total.mT
+            # Copies, because a tensor made in inference mode cannot enter a graph.
+            vectors = [part.clone() for part in self._parameters.split(X.detach().mT)]
+            totals = [torch.zeros_like(part) for part in vectors]
+            if X.shape[1] == 0:
+                return torch.zeros_like(X)
             if complete:
                 for index in range(len(self._batches)):
-                    self._kept[index].add_products(rows, total, free=False)
+                    self._kept[index].add_products(vectors, totals, free=False)
             else:
-                self._pass(rows, total)
-        return (total / self._count).mT
+                self._pass(vectors, totals)
+            total = torch.cat([part.flatten(1) for part in totals], dim=1)
+        return total.div_(self._count).mT
 
     def _evaluation(self) -> AbstractContextManager[None]:
         return evaluation(self._objective.model, training=self._training, device=self._like.device)
 
-    def _pass(self, rows: torch.Tensor, total: torch.Tensor) -> None:
+    def _pass(self, vectors: list[torch.Tensor], totals: list[torch.Tensor]) -> None:
         """Read the data, and differentiate what is not kept."""
         for index, batch in enumerate(self._batches):
             graph = self._kept.get(index)
             if graph is None:
                 graph = self._differentiate(index, batch)
                 if index < self._keep:
-                    graph = self._kept[index] = settled(graph, self._like)
-            graph.add_products(rows, total, free=index >= self._keep)
+                    graph = self._kept[index] = settled(graph, self._like, self._scratch)
+            graph.add_products(vectors, totals, free=index >= self._keep)
 
     def _differentiate(self, index: int, batch: Any) -> GradientGraph:
         if self._training:
@@ -218,7 +221,11 @@ class Hessian(TorchDoor):
         return f"{super()._describe()}, {size}, {where}, {graphs}{mode}"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": {}}  # graphs are rebuilt where they are needed
+        return {
+            **self.__dict__,
+            "_kept": {},
+            "_scratch": Scratch(),
+        }  # graphs are rebuilt where they are needed
 
 
 class SampledHessian(Hessian):

@@ -58,15 +58,20 @@ class GradientGraph:
         if not any("onvolution" in name for name in names):
             self._block = self._columns_at_once(total, n_samples, n_bytes)
 
-    def add_products(self, rows: torch.Tensor, total: torch.Tensor, *, free: bool) -> None:
-        """Add the products with the rows (k, n) to `total` (k, n); `free` gives the graph up."""
+    def add_products(
+        self, vectors: list[torch.Tensor], totals: list[torch.Tensor], *, free: bool
+    ) -> None:
+        """Add the products with k vectors, in parts of the parameters, to `totals`.
+
+        Both have a tensor (k, *shape) for each parameter. `free` gives the graph up.
+        """
         if not self._gradient:
             return
-        k, start = rows.shape[0], 0
+        k, start = len(vectors[0]), 0
         while start < k:
             stop = min(start + self._block, k) if k >= MIN_COLUMNS else start + 1
             try:
-                self._add(rows[start:stop, :], total[start:stop, :], free=free and stop == k)
+                self._add(vectors, totals, slice(start, stop), free=free and stop == k)
             except (RuntimeError, NotImplementedError):
                 if stop - start == 1:
                     raise
@@ -88,11 +93,21 @@ class GradientGraph:
                 is_grads_batched=batched,
             )
 
-    def _add(self, rows: torch.Tensor, total: torch.Tensor, *, free: bool) -> None:
-        batched = rows.shape[0] > 1
-        parts = self.split(rows)
-        vectors = [parts[i] if batched else parts[i][0] for i in self.active]
-        accumulate(self.products(vectors, free=free, batched=batched), total, self.sizes)
+    def _add(
+        self,
+        vectors: list[torch.Tensor],
+        totals: list[torch.Tensor],
+        rows: slice,
+        *,
+        free: bool,
+    ) -> None:
+        batched = rows.stop - rows.start > 1
+        which = rows if batched else rows.start
+        given = [vectors[i][which] for i in self.active]
+        products = self.products(given, free=free, batched=batched)
+        for total, product in zip(totals, products, strict=True):
+            if product is not None:
+                total[which] += product
 
     def _columns_at_once(self, total: torch.Tensor, n_samples: int, n_bytes: float) -> int:
         """A rule, not a measurement: the same call gives the same bits."""
@@ -102,15 +117,6 @@ class GradientGraph:
             return MAX_COLUMNS
         budget = _backend.free_memory(total.detach()) / 4
         return int(min(MAX_COLUMNS, max(1.0, budget / n_bytes)))
-
-
-def accumulate(
-    products: Sequence[torch.Tensor | None], total: torch.Tensor, sizes: Sequence[int]
-) -> None:
-    """Add products, in parts of the parameters, to `total` (k, n), an accumulator of ours."""
-    for part, product in zip(total.split(sizes, dim=1), products, strict=True):
-        if product is not None:
-            part += product.reshape(part.shape)
 
 
 def nodes(*roots: torch.Tensor) -> Iterator[Any]:
@@ -159,7 +165,7 @@ def _check_symmetry(graph: GradientGraph, parameters: Parameters) -> None:
     rng = torch.Generator(like.device).manual_seed(0)
     X = torch.randn((2, parameters.n), generator=rng, dtype=like.dtype, device=like.device)
     HX = torch.zeros_like(X)
-    graph.add_products(X, HX, free=True)
+    graph.add_products(parameters.split(X), parameters.split(HX), free=True)
     difference = torch.dot(X[0, :], HX[1, :]) - torch.dot(X[1, :], HX[0, :])
     # For normal X the difference is of the size of (H - H^T) x; rounding is that of one product.
     tolerance = 200 * _backend.eps(like.dtype) ** (3 / 4)

@@ -13,9 +13,11 @@ from .double_backward import probe
 from .evaluation import seed
 from .objective import Objective, is_separable
 from .parameters import Parameters
-from .recorded import SMALL_BYTES
 
 KeepGraph: TypeAlias = bool | Literal["auto"]
+
+# Batches join up to this much of a graph: a larger one keeps a processor busy by itself.
+SMALL_BYTES = 16_000_000
 
 
 class Survey:

@@ -13,6 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .columns import Scratch
+from .replay import Replay
+
 aten = torch.ops.aten
 
 _ZEROS = frozenset({aten.zeros_like.default, aten.new_zeros.default})
@@ -41,7 +44,7 @@ class Tape:
 
     Whatever does not depend on the vectors is computed once, here, and what is linear in them
     is shortened: derivatives of activations become one factor. A replay does the remaining
-    operations, for one vector or, under `torch.vmap`, for several.
+    operations, for any number of vectors together.
 
     Args:
         function: linear; from tensors to a sequence of tensors or None.
@@ -66,20 +69,16 @@ class Tape:
             outputs = torch.func.functionalize(_without_none(function))(*inner)
         found = [t for t in outputs if isinstance(t, torch.Tensor)]
         recorder.graph.output(tuple(recorder.node_of(t) for t in found))
-        self._none = [not isinstance(t, torch.Tensor) for t in outputs]
+        self.outputs = [i for i, t in enumerate(outputs) if isinstance(t, torch.Tensor)]
         self.n_operations = 0
         self.largest = 0  # bytes of the largest tensor on the way, for one vector
         self.constants = _Shortened(recorder.graph, recorder.constants).constants
-        self._forward: Callable[..., Any] = torch.fx.GraphModule(
-            torch.nn.Module(), recorder.graph
-        ).forward
         for node in recorder.graph.nodes:
             self.n_operations += node.op == "call_function"
             if node.op == "call_function" and "shape" in node.meta:
                 size = math.prod(node.meta["shape"]) * node.meta["dtype"].itemsize
                 self.largest = max(self.largest, size)
-        dims = (0,) * len(inner) + (None,) * len(self.constants)
-        self._batched = torch.vmap(self._forward, in_dims=dims)
+        self._replay = Replay(recorder.graph, self.constants)
 
     @property
     def n_bytes(self) -> int:
@@ -87,12 +86,15 @@ class Tape:
         stores = {c.untyped_storage().data_ptr(): c.untyped_storage() for c in self.constants}
         return sum(s.nbytes() for s in stores.values())
 
-    def __call__(self, vectors: Sequence[torch.Tensor], *, batched: bool) -> list[Any]:
-        """The function of the vectors; of rows of vectors, (k, *shape) each, where `batched`."""
+    def add(
+        self, vectors: Sequence[torch.Tensor], totals: Sequence[torch.Tensor], scratch: Scratch
+    ) -> None:
+        """Add the function of k vectors, (k, *shape) each, to `totals`, as many for `outputs`.
+
+        `outputs` says which of the function's values are tensors; the others are always None.
+        """
         with torch.no_grad():
-            run = self._batched if batched else self._forward
-            found = iter(run(*vectors, *self.constants))
-        return [None if none else next(found) for none in self._none]
+            self._replay(vectors, totals, scratch)
 
 
 def _without_none(function: Callable[..., Sequence[torch.Tensor | None]]) -> Callable[..., Any]:
@@ -118,7 +120,7 @@ class _Recorder(TorchDispatchMode):
         """Remember what a tensor is called."""
         if tensor.layout != torch.strided:
             raise NotImplementedError("a sparse derivative")
-        node.meta.update(shape=tuple(tensor.shape), dtype=tensor.dtype)
+        node.meta.update(shape=tuple(tensor.shape), dtype=tensor.dtype, device=tensor.device)
         self._nodes[tensor] = node
 
     def node_of(self, tensor: torch.Tensor) -> torch.fx.Node:
@@ -131,7 +133,7 @@ class _Recorder(TorchDispatchMode):
                 f"c{len(self.constants)}"
             )
             self.constants[node] = tensor  # kept alive, so that its id stays its own
-            node.meta.update(shape=tuple(tensor.shape), dtype=tensor.dtype)
+            node.meta.update(shape=tuple(tensor.shape), dtype=tensor.dtype, device=tensor.device)
         return node
 
     def __torch_dispatch__(
@@ -194,7 +196,7 @@ class _Shortened:
             return self._sum(node)
         if func is aten.mul.Tensor or func in _DIAGONAL:
             return self._product(node)
-        # The two have no rule for several columns at once, and are little more than sums.
+        # The two are little more than sums.
         if func in _SOFTMAX and x not in self._values and others[0] in self._values:
             output, dim = others[0], others[1]
             if func is aten._softmax_backward_data.default:
@@ -218,7 +220,7 @@ class _Shortened:
             return node
         factor = self._factor(node)
         if factor is None:
-            one = torch.ones((), dtype=x.meta["dtype"], device=self._device()).expand(
+            one = torch.ones((), dtype=x.meta["dtype"], device=x.meta["device"]).expand(
                 x.meta["shape"]
             )
             plain = [one if a is x else self._value(a) for a in node.args]
@@ -270,15 +272,12 @@ class _Shortened:
 
     def _constant(self, value: torch.Tensor) -> torch.fx.Node:
         node = self._graph.placeholder(f"c{len(self._values)}")
-        node.meta.update(shape=tuple(value.shape), dtype=value.dtype)
+        node.meta.update(shape=tuple(value.shape), dtype=value.dtype, device=value.device)
         self._values[node] = value
         return node
 
     def _value(self, a: Any) -> Any:
         return self._values[a] if isinstance(a, torch.fx.Node) else a
-
-    def _device(self) -> torch.device:
-        return next(iter(self._values.values())).device
 
 
 _SOFTMAX = frozenset({aten._softmax_backward_data.default, aten._log_softmax_backward_data.default})

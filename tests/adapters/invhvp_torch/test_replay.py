@@ -1,0 +1,105 @@
+"""Recorded operations for several vectors together, against the function of one vector."""
+
+from __future__ import annotations
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install torch")
+
+import torch.nn.functional as F  # noqa: E402
+from hypothesis import given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+
+from invhvp_torch import blas  # noqa: E402
+from invhvp_torch.columns import Columns, Scratch  # noqa: E402
+from invhvp_torch.tape import Tape  # noqa: E402
+
+
+def _rand(*shape):
+    generator = torch.Generator().manual_seed(sum(shape) + 7 * len(shape))
+    return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+
+X, W, IMAGES, KERNEL = _rand(6, 4), _rand(3, 4), _rand(2, 3, 7, 7), _rand(5, 3, 3, 3)
+STACK, G = _rand(2, 6, 4), _rand(2, 5, 5, 5)
+
+
+def _backward(which, g, x, w, *, stride=1, padding=0):
+    """The gradient of a convolution in its input (0) or weight (1), from that of its output."""
+    settings = ((stride, stride), (padding, padding), (1, 1), False, (0, 0), 1)
+    mask = [which == 0, which == 1, False]
+    return torch.ops.aten.convolution_backward.default(g, x, w, None, *settings, mask)[which]
+
+
+FUNCTIONS = {
+    "constant @ v": ((4, 5), lambda v: X @ v),
+    "constant @ v.T": ((5, 4), lambda v: X @ v.t()),
+    "v @ constant": ((5, 6), lambda v: v @ X),
+    "v.T @ constant": ((6, 5), lambda v: v.t() @ X),
+    "a layer and its gradient": ((3, 4), lambda v: ((X @ v.t()) * X[:, :3]).t() @ X),
+    "two layers": ((3, 4), lambda v: (torch.tanh(X) @ W.t() @ v + X @ v.t() @ W).t() @ X),
+    "a row": ((1, 4), lambda v: X @ v.t()),
+    "a bias": ((3,), lambda v: (v + X @ W.t() * v).sum(0)),
+    "sums": ((6, 4), lambda v: v.sum() * X + v.sum(1, keepdim=True) - v.sum(0)),
+    "scalars": ((6, 4), lambda v: 2.0 * v / 3.0 - v.neg()),
+    "constants on the left": ((4,), lambda v: X - X + X * v),
+    "more dimensions": ((4,), lambda v: v * STACK),
+    "stacks, from the right": ((2, 4, 5), lambda v: torch.bmm(STACK, v)),
+    "stacks, from the left": ((2, 5, 6), lambda v: torch.bmm(v, STACK)),
+    "stacks, transposed": ((2, 5, 4), lambda v: torch.bmm(STACK, v.transpose(1, 2))),
+    "heads": (
+        (6, 4),
+        lambda v: (v @ X.t()).reshape(2, 3, 6).transpose(1, 2).contiguous().view(12, 3) @ W,
+    ),
+    "views": ((6, 4), lambda v: (X @ v.t()).view(3, 2, 6).unsqueeze(1).squeeze(1).view(-1, 6)),
+    "no rule": ((6, 4), lambda v: torch.cat([v.cumsum(0), X * v.flip(1)])),
+    "a convolution of v": ((2, 3, 7, 7), lambda v: F.conv2d(v, KERNEL, stride=2, padding=1)),
+    "a convolution with v": ((5, 3, 3, 3), lambda v: F.conv2d(IMAGES, v, padding=1)),
+    "groups": ((2, 3, 7, 7), lambda v: F.conv2d(v, _rand(6, 1, 3, 3), groups=3)),
+    "a transposed convolution": ((3, 5, 3, 3), lambda v: F.conv_transpose2d(IMAGES, v)),
+    "to the weight": ((2, 5, 7, 7), lambda v: _backward(1, v, IMAGES, KERNEL, padding=1)),
+    "to the input": ((2, 5, 3, 3), lambda v: _backward(0, v, IMAGES, KERNEL, stride=2)),
+    "through v, to the input": ((5, 3, 3, 3), lambda v: _backward(0, G, IMAGES, v)),
+    "through v, to the weight": ((2, 3, 7, 7), lambda v: _backward(1, G, v, KERNEL)),
+    "pooling": ((2, 3, 6, 6), lambda v: F.avg_pool2d(v, 2)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_several_vectors_are_as_one(name):
+    shape, function = FUNCTIONS[name]
+    tape = Tape(lambda v: [function(v)], [_rand(*shape)])
+    scratch = Scratch()
+    for k in (3, 1, 3):  # the third call meets the buffers of the first
+        V = _rand(k, *shape)
+        wanted = torch.stack([function(v) for v in V])
+        found = torch.full_like(wanted, 2.0)
+        tape.add([V], [found], scratch)
+        torch.testing.assert_close(found - 2.0, wanted, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("numpy", [True, False])
+def test_both_blas_multiply(numpy, monkeypatch):
+    monkeypatch.setattr(blas, "_numpy_is_faster", lambda: numpy)
+    for a, b in ((X, W.t()), (X.t(), _rand(5, 6).t()), (_rand(6, 8)[:, ::2], X.t())):
+        out = torch.empty(a.shape[0], b.shape[1], dtype=a.dtype)
+        assert blas.multiply(a, b, out) is out
+        torch.testing.assert_close(out, a @ b, rtol=1e-13, atol=1e-13)
+
+
+@given(
+    shape=st.lists(st.integers(1, 4), min_size=1, max_size=4),
+    k=st.integers(1, 3),
+    axis=st.integers(0, 4),
+)
+@settings(deadline=None)
+def test_an_axis_of_columns_is_only_a_place(shape, k, axis):
+    t = _rand(k, *shape)
+    axis = min(axis, len(shape))
+    x = Columns(t.movedim(0, axis), axis)
+    assert tuple(x.shape) == tuple(shape)
+    assert x.k == k
+    for dim in range(-len(shape), len(shape)):
+        assert x.tensor.shape[x.position(dim)] == shape[dim]
+    for other in range(len(shape) + 1):
+        assert torch.equal(x.at(other).movedim(other, 0), t)
