@@ -28,6 +28,7 @@ from .methods import LiSSA as LiSSA
 from .methods import Minres as Minres
 from .methods import NystroemPreconditioner as NystroemPreconditioner
 from .methods import NystroemSketch as NystroemSketch
+from .methods import PivotedCholesky as PivotedCholesky
 from .methods import SampleSpace as SampleSpace
 from .methods import Surrogate as Surrogate
 from .methods import method_from_dict as method_from_dict

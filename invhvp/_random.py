@@ -79,6 +79,10 @@ class Random:
         """`size` indices below `high`, on the host: data batches are chosen there."""
         return self._host.choice(high, size=size, replace=replace)
 
+    def weighted(self, weights: np.ndarray, size: int) -> np.ndarray:
+        """At most `size` different indices, drawn in proportion to `weights`, on the host."""
+        return np.unique(self._host.choice(weights.size, size, p=weights / np.sum(weights)))
+
     def permutation(self, n: int) -> np.ndarray:
         """A random order of range(n), on the host."""
         return self._host.permutation(n)

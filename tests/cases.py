@@ -192,6 +192,7 @@ METHODS: dict[str, Callable[[], Any]] = {
     "nystroem-sketch": methods.NystroemSketch,
     "nystroem-columns": lambda: methods.NystroemSketch(sketch="columns"),
     "nystroem-preconditioner": methods.NystroemPreconditioner,
+    "pivoted-cholesky": lambda: methods.PivotedCholesky(rank=3),
     "jacobi": methods.Jacobi,
     "inverse-harmonic-mean": methods.InverseHarmonicMean,
 }

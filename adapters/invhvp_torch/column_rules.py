@@ -151,16 +151,32 @@ def _unsqueezed(_: Scratch, x: Columns, dim: int) -> Columns:
 # ---------------------------------------------------------------------------------- products
 
 
-def _mm(scratch: Scratch, a: Any, b: Any) -> Columns:
-    if isinstance(a, Columns) and isinstance(b, Columns):
-        x, y = a.at(0), b.at(0)
-        out = scratch.empty((x.shape[0], x.shape[1], y.shape[2]), x)
-        return Columns(torch.bmm(x, y, out=out), 0)
-    if isinstance(b, Columns):  # (r, s) @ (s, k, c): the vectors merge with the columns
-        matrix, axis = _side_by_side(b)
-        out = multiply(a, matrix, scratch.empty((a.shape[0], matrix.shape[1]), a))
-        return Columns(out.unflatten(1, (b.k, -1) if axis == 1 else (-1, b.k)), axis)
-    # (k, r, s) @ (s, c), or (r, k, s): the vectors merge with the rows.
+def _bilinear(both: Rule, right: Rule, left: Rule) -> Rule:
+    """A rule for a product, by which of its factors depend on the vectors."""
+
+    def rule(scratch: Scratch, a: Any, b: Any) -> Columns:
+        if not isinstance(b, Columns):
+            return left(scratch, a, b)
+        return (both if isinstance(a, Columns) else right)(scratch, a, b)
+
+    return rule
+
+
+def _mm_both(scratch: Scratch, a: Columns, b: Columns) -> Columns:
+    x, y = a.at(0), b.at(0)
+    out = scratch.empty((x.shape[0], x.shape[1], y.shape[2]), x)
+    return Columns(torch.bmm(x, y, out=out), 0)
+
+
+def _mm_right(scratch: Scratch, a: torch.Tensor, b: Columns) -> Columns:
+    """(r, s) @ (s, k, c): the vectors merge with the columns."""
+    matrix, axis = _side_by_side(b)
+    out = multiply(a, matrix, scratch.empty((a.shape[0], matrix.shape[1]), a))
+    return Columns(out.unflatten(1, (b.k, -1) if axis == 1 else (-1, b.k)), axis)
+
+
+def _mm_left(scratch: Scratch, a: Columns, b: torch.Tensor) -> Columns:
+    """(k, r, s) @ (s, c), or (r, k, s): the vectors merge with the rows."""
     matrix, axis = _side_by_side(_transposed(scratch, a))
     out = multiply(matrix.mT, b, scratch.empty((matrix.shape[1], b.shape[1]), b))
     return Columns(out.unflatten(0, (a.k, -1) if axis == 1 else (-1, a.k)), axis - 1)
@@ -183,16 +199,20 @@ def _side_by_side(x: Columns) -> tuple[torch.Tensor, int]:
     return t.reshape(s, k * c), 1
 
 
-def _bmm(scratch: Scratch, a: Any, b: Any) -> Columns:
-    """As `_mm` for each matrix of a stack: the vectors merge with what is not summed over."""
-    if isinstance(a, Columns) and isinstance(b, Columns):
-        x, y, k = a.at(1).flatten(0, 1), b.at(1).flatten(0, 1), a.k
-        found = torch.bmm(x, y, out=scratch.empty((len(x), x.shape[1], y.shape[2]), x))
-        return Columns(found.unflatten(0, (-1, k)), 1)
-    if isinstance(b, Columns):
-        y = b.at(2).flatten(2)
-        found = torch.bmm(a, y, out=scratch.empty((len(a), a.shape[1], y.shape[2]), a))
-        return Columns(found.unflatten(2, (b.k, -1)), 2)
+def _bmm_both(scratch: Scratch, a: Columns, b: Columns) -> Columns:
+    """Stacks of matrices: the vectors merge with the stack, below with what is not summed over."""
+    x, y = a.at(1).flatten(0, 1), b.at(1).flatten(0, 1)
+    found = torch.bmm(x, y, out=scratch.empty((len(x), x.shape[1], y.shape[2]), x))
+    return Columns(found.unflatten(0, (-1, a.k)), 1)
+
+
+def _bmm_right(scratch: Scratch, a: torch.Tensor, b: Columns) -> Columns:
+    y = b.at(2).flatten(2)
+    found = torch.bmm(a, y, out=scratch.empty((len(a), a.shape[1], y.shape[2]), a))
+    return Columns(found.unflatten(2, (b.k, -1)), 2)
+
+
+def _bmm_left(scratch: Scratch, a: Columns, b: torch.Tensor) -> Columns:
     x = a.at(1).flatten(1, 2)
     found = torch.bmm(x, b, out=scratch.empty((len(b), x.shape[1], b.shape[2]), b))
     return Columns(found.unflatten(1, (a.k, -1)), 1)
@@ -215,8 +235,8 @@ RULES: dict[Any, Rule] = {
     aten.expand.default: _expanded,
     aten.squeeze.dim: _squeezed,
     aten.unsqueeze.default: _unsqueezed,
-    aten.mm.default: _mm,
-    aten.bmm.default: _bmm,
+    aten.mm.default: _bilinear(_mm_both, _mm_right, _mm_left),
+    aten.bmm.default: _bilinear(_bmm_both, _bmm_right, _bmm_left),
     aten.convolution.default: convolution,
     aten.convolution_backward.default: convolution_backward,
     aten.avg_pool2d.default: on_images(aten.avg_pool2d.default),

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.fx
+from torch.fx.node import map_arg
 
 from .column_rules import RULES, VIEWS, one_by_one
 from .columns import Columns, Scratch
@@ -15,7 +16,7 @@ from .columns import Columns, Scratch
 class _Slot(NamedTuple):
     """Stands in a step's arguments for the value of another step."""
 
-    index: int
+    at: int
 
 
 class _Step(NamedTuple):
@@ -44,8 +45,8 @@ class Replay:
         self._steps = [
             _Step(
                 RULES.get(node.target) or one_by_one(node.target),
-                torch.fx.node.map_arg(node.args, lambda a: _Slot(position[a])),
-                torch.fx.node.map_arg(node.kwargs, lambda a: _Slot(position[a])),
+                map_arg(node.args, lambda a: _Slot(position[a])),
+                map_arg(node.kwargs, lambda a: _Slot(position[a])),
                 position[node],
                 tuple(i for i, end in last.items() if end == position[node]),
             )
@@ -96,7 +97,7 @@ def _last_uses(nodes: list[torch.fx.Node], position: dict[torch.fx.Node, int]) -
 def _filled(given: Any, values: list[Any]) -> Any:
     kind = type(given)
     if kind is _Slot:
-        return values[given.index]
+        return values[given.at]
     if kind is int or kind is float or kind is bool:
         return given
     if isinstance(given, list | tuple):

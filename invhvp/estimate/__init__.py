@@ -14,5 +14,7 @@ from .least_damping import least_damping as least_damping
 from .logdet import logdet as logdet
 from .norm import operator_norm as operator_norm
 from .nystroem import Sketch as Sketch
+from .pivots import Pivots as Pivots
+from .pivots import pivots as pivots
 from .spectrum import Spectrum as Spectrum
 from .spectrum import spectrum as spectrum

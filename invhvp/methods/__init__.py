@@ -17,6 +17,7 @@ from .nystroem_preconditioner import NystroemPreconditioner as NystroemPrecondit
 from .nystroem_sketch import NystroemSketch as NystroemSketch
 from .path import Path as Path
 from .path import solve_path as solve_path
+from .pivoted_cholesky import PivotedCholesky as PivotedCholesky
 from .plan import Plan as Plan
 from .plan import plan as plan
 from .sample_space import SampleSpace as SampleSpace

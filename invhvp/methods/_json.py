@@ -19,6 +19,7 @@ from .lissa import LiSSA
 from .minres import Minres
 from .nystroem_preconditioner import NystroemPreconditioner
 from .nystroem_sketch import NystroemSketch
+from .pivoted_cholesky import PivotedCholesky
 from .sample_space import SampleSpace
 
 _CLASSES = {
@@ -35,6 +36,7 @@ _CLASSES = {
         Minres,
         NystroemPreconditioner,
         NystroemSketch,
+        PivotedCholesky,
         SampleSpace,
     )
 }
