@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import json
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +17,7 @@ pytest.importorskip("torch")
 
 from benchmarks import __main__ as command
 from benchmarks import peers, readme, report
-from benchmarks.peers import environments, tables
+from benchmarks.peers import environments, judge, tables
 
 
 def test_quick_run_recomputes_accuracy(tmp_path: Path) -> None:
@@ -60,10 +64,67 @@ def test_what_fails_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     broken = environments.Peer("broken", "no_such_side")
     monkeypatch.setattr(environments, "PEERS", (broken,))
     monkeypatch.setattr(peers, "contenders", lambda _: ["hessian: nothing"])
-    grid = peers.Grid(cases=peers.QUICK.cases, k=1, rounds=1, peers=("broken",))
+    grid = peers.Grid(cases=peers.QUICK.cases, rounds=1, peers=("broken",))
     (row,) = peers.rows(grid)
     assert "no_such_side" in row["failed"]
     assert "no_such_side" in peers.markdown([row])
+
+
+def asked(*arguments: str) -> tuple[peers.Case, ...]:
+    parser = argparse.ArgumentParser()
+    peers.options(parser)
+    return peers.varied(peers.FULL.cases, parser.parse_args(arguments))
+
+
+def test_cases_vary_only_in_what_is_asked_for() -> None:
+    assert asked() == peers.FULL.cases
+    assert {case.k for case in peers.FULL.cases} == {16}
+    ways = asked("--k", "1", "64", "--damping", "1e-3", "0.5")
+    assert len(ways) == 4 * len(peers.FULL.cases)
+    first = peers.FULL.cases[0]
+    assert ways[:4] == tuple(
+        replace(first, k=k, damping=damping) for k in (1, 64) for damping in (1e-3, 0.5)
+    )
+    assert {case.dtype for case in asked("--dtype", "float32")} == {"float32"}
+
+
+def test_other_cases_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured(grid: peers.Grid) -> Iterator[dict[str, object]]:
+        for case in grid.cases:
+            where = {"case": f"{case.network}, {case.k}", "matrix": case.matrix}
+            row = {**where, "damping": case.damping, "library": "l", "method": "m"}
+            yield {**row, "failed": "of course"}
+
+    monkeypatch.setattr(peers, "rows", measured)
+    quick = ["peers", "--quick", "--out", str(tmp_path)]
+    for more in ([], ["--k", "1", "2"], ["--damping", "0.5", "--case", "logreg"]):
+        assert command.main(quick + more) == 0
+    rows = json.loads((tmp_path / "peers.json").read_text())["rows"]
+    found = {(row["case"], row["damping"]) for row in rows}
+    assert found == {("logreg, 1", 0.1), ("logreg, 2", 0.1), ("logreg, 2", 0.5)}
+    assert len(rows) == 3
+    assert "Settings: batch 256, rounds 1, max seconds 10." in (tmp_path / "peers.md").read_text()
+
+
+def test_data_that_are_missing_are_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mnist1d.data", None)
+    (row,) = peers.rows(peers.Grid(cases=(peers.Case(network="mnist1d_mlp"),)))
+    assert "mnist1d" in row["failed"]
+    assert "invhvp[bench]" in peers.markdown([row])
+
+
+@pytest.mark.parametrize("network", ["mnist1d_mlp", "mnist1d_cnn"])
+def test_mnist1d_is_made_by_its_seed(network: str) -> None:
+    pytest.importorskip("mnist1d")
+    given = judge.problem(network, n_train=48, dtype="float64", damping=0.1, k=3, batch=32)
+    x, y = given["train"]
+    assert x.shape == (48, 40)
+    assert given["test"][0].shape == (3, 40)
+    assert y[:5].tolist() == [2, 6, 4, 5, 6]
+    judged = judge.Judge(given, "hessian")
+    found = judged.metrics(judged.exact.T)
+    assert found["residual"] < 1e-10
+    assert found["error"] == 0
 
 
 def test_the_readme_has_the_measured_table() -> None:

@@ -131,6 +131,8 @@ def _data(network: str) -> tuple[Any, Any, str]:
         y = ((y - y.mean()) / y.std())[:, None]
     elif network == "cancer":
         x, y = datasets.load_breast_cancer(return_X_y=True)
+    elif network.startswith("mnist1d"):
+        x, y = _mnist1d()
     else:
         x, y = datasets.load_digits(return_X_y=True)
         x = x / 16.0
@@ -140,6 +142,15 @@ def _data(network: str) -> tuple[Any, Any, str]:
         x, y = x[order], y[order]
     loss = "mse" if network == "diabetes" else "cross_entropy"
     return torch.from_numpy(np.asarray(x)), torch.from_numpy(np.asarray(y)), loss
+
+
+def _mnist1d() -> tuple[np.ndarray, np.ndarray]:
+    """The signals of Greydanus & Kobak (2024), made by their seed and not downloaded."""
+    from mnist1d.data import get_dataset_args, make_dataset
+
+    made = make_dataset(get_dataset_args())
+    x, y = (np.concatenate([made[name], made[f"{name}_test"]]) for name in "xy")
+    return x, y
 
 
 def _train(model: Any, loss: Any, x: Any, y: Any) -> None:
