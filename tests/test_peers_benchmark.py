@@ -15,6 +15,8 @@ import pytest
 pytest.importorskip("sklearn")
 pytest.importorskip("torch")
 
+import torch
+
 from benchmarks import __main__ as command
 from benchmarks import peers, readme, report
 from benchmarks.peers import environments, judge, tables
@@ -125,6 +127,62 @@ def test_mnist1d_is_made_by_its_seed(network: str) -> None:
     found = judged.metrics(judged.exact.T)
     assert found["residual"] < 1e-10
     assert found["error"] == 0
+
+
+def test_lineax_solves_with_our_operator() -> None:
+    pytest.importorskip("lineax")
+    case = replace(peers.QUICK.cases[0], dtype="float32")
+    (row,) = peers.rows(replace(peers.QUICK, cases=(case,), peers=("lineax",)))
+    assert row["library"] == "lineax"
+    assert row["residual"] <= 1e-3
+    assert row["score_error"] <= 1e-2
+
+
+@pytest.fixture(scope="module")
+def diabetes() -> judge.Judge:
+    given = judge.problem("diabetes", n_train=20, dtype="float64", damping=0.5, k=3, batch=8)
+    return judge.Judge(given, "fisher")
+
+
+@pytest.mark.parametrize(
+    ("name", "n_blocks"),
+    [("InverseHarmonicMean", 1), ("DataInf", 2), ("InverseHarmonicMean by parameter", 4)],
+)
+def test_a_mean_of_inverses_is_judged_by_its_formula(
+    diabetes: judge.Judge, name: str, n_blocks: int
+) -> None:
+    by = judge.HARMONIC[name]
+    blocks = judge._blocks(diabetes.model, by)
+    assert len(blocks) == n_blocks
+    rows = diabetes.train.to_dense()
+    expected = 0 * diabetes.B
+    for block in blocks:
+        for g in rows[:, block]:
+            M = torch.outer(g, g) + 0.5 * torch.eye(len(g))
+            expected[block] += torch.linalg.solve(M, diabetes.B[block]) / len(rows)
+    torch.testing.assert_close(diabetes.harmonic_mean(by), expected)
+    found = diabetes.metrics(1.5 * expected.T, name)
+    assert found["formula_error"] == pytest.approx(0.5)
+    assert "formula_error" not in diabetes.metrics(expected.T, "EKFAC")
+
+
+def test_scores_are_judged_without_solutions(diabetes: judge.Judge) -> None:
+    exact = (diabetes.train @ diabetes.exact).T
+    found = diabetes.metrics({"scores": 0.9 * exact})
+    assert found == {"score_error": pytest.approx(0.1), "spearman": pytest.approx(1.0)}
+    assert diabetes.metrics(0.9 * diabetes.exact.T)["score_error"] == pytest.approx(0.1)
+
+
+def test_scores_alone_are_summed_up_against_the_most_accurate() -> None:
+    def row(library: str, seconds: float, off: float) -> dict[str, object]:
+        found = {"library": library, "method": f"of {library}", "seconds": seconds}
+        return {**found, "score_error": off}
+
+    said = tables.best([row("invhvp", 2.0, 1e-6), row("pyDVL", 1.0, 0.5), row("dattri", 8.0, 0.2)])
+    assert said == (
+        "Scores alone: of invhvp 2 s, 1.0e-6 off; of the peers dattri's of dattri is nearest, "
+        "8 s, 2.0e-1 off: 4 ×."
+    )
 
 
 def test_the_readme_has_the_measured_table() -> None:

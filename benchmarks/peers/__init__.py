@@ -91,6 +91,9 @@ def varied(cases: tuple[Case, ...], asked: argparse.Namespace) -> tuple[Case, ..
     return tuple(dict.fromkeys(made))
 
 
+_ACCURACY = ("residual", "error", "score_error", "spearman", "block_error", "formula_error")
+
+
 def rows(grid: Grid) -> Iterator[dict[str, Any]]:
     """One row for each case and contender."""
     for case in grid.cases:
@@ -142,7 +145,7 @@ def _case(case: Case, grid: Grid) -> Iterator[dict[str, Any]]:
                     answer = row.pop("where", None)
                     if answer is not None:
                         loaded = torch.load(answer, weights_only=False)
-                        row.update(judged.metrics(loaded))
+                        row.update(judged.metrics(loaded, row["name"].split(": ", 1)[-1]))
                         Path(answer).unlink()
                     seen.setdefault((peer.name, row["name"]), []).append(row)
     for (owner, name), found in seen.items():
@@ -227,9 +230,6 @@ def _merged(found: list[dict[str, Any]]) -> dict[str, Any]:
         "wall": statistics.median(row["wall"] for row in good),
         "rounds": len(good),
         "peak_mib": max(row["peak_mib"] for row in good),
-        "residual": good[-1].get("residual"),
-        "error": good[-1].get("error"),
-        "spearman": good[-1].get("spearman"),
-        "block_error": good[-1].get("block_error"),
+        **{name: good[-1].get(name) for name in _ACCURACY},
         "said": good[-1].get("said", ""),
     }

@@ -16,6 +16,12 @@ import invhvp_torch as it
 from .networks import LOSSES, NETWORKS, Problem
 
 _DENSE = 6000  # parameters up to which the matrix is formed
+# What approximates another matrix than that of the title, by a formula that can be checked.
+HARMONIC = {
+    "InverseHarmonicMean": "full",
+    "InverseHarmonicMean by parameter": "parameter",
+    "DataInf": "layer",
+}
 
 
 def problem(
@@ -63,10 +69,10 @@ class Judge:
         self.n = self.A.shape[0]
         self.damping = given["damping"]
         self.B = p.gradients().T
-        self.blocks = _layers(p.model)
+        self.model = p.model
         self.exact = self._solve()
         self.train = it.per_sample_gradients(p.model, p.loss, *p.train)
-        self.scores = (self.train @ self.exact).numpy().T
+        self.scores = self.train @ self.exact  # (N, k)
 
     def _solve(self) -> Any:
         if self.n <= _DENSE:
@@ -77,10 +83,12 @@ class Judge:
         method = method or ih.BlockCG(rtol=1e-9)
         return ih.solve(self.A, self.B, method, damping=self.damping).raise_if_failed().x
 
-    def metrics(self, answer: Any) -> dict[str, float]:
-        """The largest relative residual, the median relative error, the mean rank correlation."""
+    def metrics(self, answer: Any, name: str = "") -> dict[str, float]:
+        """The largest relative residual; the median relative errors, of solutions and of scores;
+        the mean rank correlation. `name` tells which formula the method promises.
+        """
         if isinstance(answer, dict) and "scores" in answer:
-            return {"spearman": self._spearman(answer["scores"].double().numpy())}
+            return self._of_scores(answer["scores"].double().T)
         if isinstance(answer, dict):
             found = self.metrics(answer["solutions"])
             return {**found, "block_error": self._block_error(answer["inverse"])}
@@ -88,12 +96,26 @@ class Judge:
         if not bool(torch.isfinite(X).all()):
             return {"residual": float("inf"), "error": float("inf"), "spearman": float("nan")}
         R = self.B - self.A @ X - self.damping * X
-        error = (X - self.exact).norm(dim=0) / self.exact.norm(dim=0)
-        return {
+        found = {
             "residual": float((R.norm(dim=0) / self.B.norm(dim=0)).max()),
-            "error": float(error.median()),
-            "spearman": self._spearman((self.train @ X).numpy().T),
+            "error": _error(X, self.exact),
+            **self._of_scores(self.train @ X),
         }
+        if name in HARMONIC:
+            found["formula_error"] = _error(X, self.harmonic_mean(HARMONIC[name]))
+        return found
+
+    def harmonic_mean(self, by: str) -> Any:
+        """(1/N) Σ (g_i g_iᵀ + λI)⁻¹B for blocks of parameters, as Kwon et al. (2024) have it."""
+        blocks = _blocks(self.model, by)
+        total = torch.zeros_like(self.B)
+        for start in range(0, len(self.train), 64):
+            rows = self.train[start : start + 64].to_dense()
+            for block in blocks:
+                G = rows[:, block]
+                W = (G @ self.B[block]) / (self.damping + (G * G).sum(dim=1, keepdim=True))
+                total[block] += G.T @ W
+        return (self.B - total / len(self.train)) / self.damping
 
     def _block_error(self, inverse: Any) -> float:
         """‖K − F‖/‖F‖ over the blocks [W | b] of the layers, in the Frobenius norm."""
@@ -101,24 +123,31 @@ class Judge:
         K = np.linalg.inv(inverse.double().numpy()) - damping
         F = self.A.to_dense().numpy()
         wrong = right = 0.0
-        for block in self.blocks:
+        for block in _blocks(self.model, "layer"):
             mine, exact = K[np.ix_(block, block)], F[np.ix_(block, block)]
             wrong += float(np.sum((mine - exact) ** 2))
             right += float(np.sum(exact**2))
         return float(np.sqrt(wrong / right))
 
-    def _spearman(self, scores: np.ndarray) -> float:
-        pairs = zip(scores, self.scores, strict=True)
-        return float(np.mean([scipy.stats.spearmanr(a, b).statistic for a, b in pairs]))
+    def _of_scores(self, scores: Any) -> dict[str, float]:
+        pairs = zip(scores.numpy().T, self.scores.numpy().T, strict=True)
+        ranks = [scipy.stats.spearmanr(a, b).statistic for a, b in pairs]
+        return {"score_error": _error(scores, self.scores), "spearman": float(np.mean(ranks))}
 
 
-def _layers(model: Any) -> list[np.ndarray]:
-    """Positions of the parameters of each module."""
+def _error(found: Any, exact: Any) -> float:
+    """The median over columns of ‖x − x*‖/‖x*‖."""
+    return float(((found - exact).norm(dim=0) / exact.norm(dim=0)).median())
+
+
+def _blocks(model: Any, by: str) -> list[np.ndarray]:
+    """Positions of the parameters of each "layer", of each "parameter" array, or in "full"."""
     found: dict[str, list[np.ndarray]] = {}
     start = 0
     for name, q in model.named_parameters():
         positions = np.arange(start, start + q.numel())
-        found.setdefault(name.rpartition(".")[0], []).append(positions)
+        key = {"full": "", "layer": name.rpartition(".")[0], "parameter": name}[by]
+        found.setdefault(key, []).append(positions)
         start += q.numel()
     return [np.concatenate(parts) for parts in found.values()]
 

@@ -28,6 +28,15 @@ def _model(kind: Any, **options: Any) -> Any:
     return prepare
 
 
+def _scores(kind: Any, **options: Any) -> Any:
+    def prepare(problem: Any) -> Any:
+        influence = kind(problem.model, problem.loss, regularization=problem.damping, **options)
+        influence = influence.fit(problem.loader())
+        return lambda: {"scores": influence.influences(*problem.test, *problem.train).detach()}
+
+    return prepare
+
+
 def _ekfac(*, update: bool) -> Any:
     def prepare(problem: Any) -> Any:
         influence = EkfacInfluence(
@@ -64,4 +73,9 @@ CONTENDERS = {
     "fisher: Direct": _model(DirectInfluence, **FISHER),
     "fisher: block CG, defaults": _block(**FISHER),
     "fisher: block CG to 1e-3": _block(rtol=3e-2, atol=0.0, maxiter=200, **FISHER),
+    "fisher: InverseHarmonicMean": _model(InverseHarmonicMeanInfluence),
+    "fisher: scores, Direct": _scores(DirectInfluence, **FISHER),
+    "fisher: scores, block CG to 1e-3": _scores(
+        CgInfluence, solve_simultaneously=True, rtol=3e-2, atol=0.0, maxiter=200, **FISHER
+    ),
 }
