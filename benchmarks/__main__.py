@@ -10,6 +10,7 @@ from typing import Any
 
 from . import (
     collection,
+    damping_path,
     engine,
     floor,
     forms,
@@ -30,6 +31,7 @@ SUITES = {
     "hessian-products": hessian_products,
     "preconditioners": preconditioners,
     "peers": peers,
+    "damping-path": damping_path,
     "collection": collection,
     "engine": engine,
     "floor": floor,

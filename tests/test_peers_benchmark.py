@@ -118,7 +118,8 @@ def test_data_that_are_missing_are_a_row(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize("network", ["mnist1d_mlp", "mnist1d_cnn"])
 def test_mnist1d_is_made_by_its_seed(network: str) -> None:
     pytest.importorskip("mnist1d")
-    given = judge.problem(network, n_train=48, dtype="float64", damping=0.1, k=3, batch=32)
+    case = peers.Case(network=network, n_train=48, dtype="float64", k=3)
+    given = judge.problem(case, 32)
     x, y = given["train"]
     assert x.shape == (48, 40)
     assert given["test"][0].shape == (3, 40)
@@ -140,8 +141,8 @@ def test_lineax_solves_with_our_operator() -> None:
 
 @pytest.fixture(scope="module")
 def diabetes() -> judge.Judge:
-    given = judge.problem("diabetes", n_train=20, dtype="float64", damping=0.5, k=3, batch=8)
-    return judge.Judge(given, "fisher")
+    case = peers.Case(network="diabetes", n_train=20, dtype="float64", damping=0.5, k=3)
+    return judge.Judge(judge.problem(case, 8), "fisher")
 
 
 @pytest.mark.parametrize(
@@ -183,6 +184,23 @@ def test_scores_alone_are_summed_up_against_the_most_accurate() -> None:
         "Scores alone: of invhvp 2 s, 1.0e-6 off; of the peers dattri's of dattri is nearest, "
         "8 s, 2.0e-1 off: 4 ×."
     )
+
+
+def test_a_path_of_dampings_is_recomputed(tmp_path: Path) -> None:
+    assert command.main(["damping-path", "--quick", "--k", "1", "3", "--out", str(tmp_path)]) == 0
+    content = json.loads((tmp_path / "damping-path.json").read_text())
+    rows = content["rows"]
+    assert [row["case"].split(", ")[3] for row in rows] == [
+        "1 right-hand side",
+        "3 right-hand sides",
+    ]
+    for row in rows:
+        assert row["dampings"] == pytest.approx([1.0, 10**-0.5, 0.1])
+        assert row["said"] == "CONVERGED"
+        assert 0 < row["path_residual"] <= 1e-5
+        assert 0 < row["one_residual"] <= 1e-5
+        assert row["path_passes"] <= row["one_passes"] + 2
+        assert row["ratio"] == pytest.approx(row["path_seconds"] / row["one_seconds"])
 
 
 def test_the_readme_has_the_measured_table() -> None:

@@ -107,23 +107,13 @@ def _case(case: Case, grid: Grid) -> Iterator[dict[str, Any]]:
 
     where = {"case": case.network, "matrix": case.matrix, "damping": case.damping}
     try:
-        given = judge.problem(
-            case.network,
-            n_train=case.n_train,
-            dtype=case.dtype,
-            damping=case.damping,
-            k=case.k,
-            batch=grid.batch,
-        )
+        given = judge.problem(case, grid.batch)
     except ModuleNotFoundError as error:  # of its data
         missing = f"{error}: pip install 'invhvp[bench]'"
         yield {**where, "library": "all", "method": "methods", "failed": missing}
         return
     judged = judge.Judge(given, case.matrix)
-    where["case"] = (
-        f"{case.network}, p = {judged.n}, N = {len(given['train'][0])}, "
-        f"{len(given['test'][0])} right-hand sides, {case.dtype}"
-    )
+    where["case"] = judge.described(given)
     seen: dict[tuple[str, str], list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "problem.pt"

@@ -24,48 +24,72 @@ HARMONIC = {
 }
 
 
-def problem(
-    network: str, *, n_train: int, dtype: str, damping: float, k: int, batch: int
-) -> dict[str, Any]:
-    """A trained network on real data, and the k test points on which it is worst."""
-    x, y, loss = _data(network)
-    n = min(n_train, int(0.8 * len(x)))
+def problem(case: Any, batch: int = 256) -> dict[str, Any]:
+    """A trained network on real data, and the k test points on which it is worst, for a `Case`."""
+    x, y, loss = _data(case.network)
+    n = min(case.n_train, int(0.8 * len(x)))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = NETWORKS[network]().double()
+        model = NETWORKS[case.network]().double()
         _train(model, LOSSES[loss], x[:n], y[:n])
     with torch.no_grad():
         losses = torch.stack(
             [LOSSES[loss](model(a[None]), b[None]) for a, b in zip(x[n:], y[n:], strict=True)]
         )
-    hard = n + torch.argsort(losses, descending=True)[:k]
-    kind = getattr(torch, dtype)
+    hard = n + torch.argsort(losses, descending=True)[: case.k]
+    kind = getattr(torch, case.dtype)
 
     def cast(t: Any) -> Any:
         return t.to(kind) if t.dtype.is_floating_point else t
 
     return {
-        "network": network,
+        "network": case.network,
         "loss": loss,
         "state": {name: cast(t) for name, t in model.state_dict().items()},
         "train": (cast(x[:n]), cast(y[:n])),
         "test": (cast(x[hard]), cast(y[hard])),
-        "damping": damping,
+        "damping": case.damping,
         "batch": batch,
     }
+
+
+def described(given: dict[str, Any]) -> str:
+    """In words, with all that a case of the same name may differ in, but for the matrix and λ."""
+    p = sum(t.numel() for t in given["state"].values())
+    N, k = len(given["train"][0]), len(given["test"][0])
+    dtype = str(next(iter(given["state"].values())).dtype).removeprefix("torch.")
+    sides = "right-hand sides" if k > 1 else "right-hand side"
+    return f"{given['network']}, p = {p}, N = {N}, {k} {sides}, {dtype}"
+
+
+def wide(given: dict[str, Any]) -> Problem:
+    """The same in float64: float32 weights and data exactly, their matrix in more digits."""
+    copied = copy.copy(given)
+    for name in ("train", "test"):
+        copied[name] = tuple(t.double() if t.dtype.is_floating_point else t for t in given[name])
+    copied["state"] = {name: t.double() for name, t in given["state"].items()}
+    return Problem(copied)
+
+
+def curvature(p: Problem, kind: str) -> Any:
+    """The matrix of that name, over all training samples."""
+    build = {"hessian": it.hessian, "ggn": it.gauss_newton, "fisher": it.empirical_fisher}[kind]
+    return build(p.model, p.loss, p.train)
+
+
+def residual(A: Any, B: Any, X: Any, damping: float) -> float:
+    """The largest ‖b − (A + λI)x‖/‖b‖ of all columns."""
+    X = X.double()
+    R = B - A @ X - damping * X
+    return float((R.norm(dim=0) / B.norm(dim=0)).max())
 
 
 class Judge:
     """Residuals, errors and rank correlations against one matrix, in float64."""
 
     def __init__(self, given: dict[str, Any], kind: str) -> None:
-        wide = copy.copy(given)
-        for name in ("train", "test"):
-            wide[name] = tuple(t.double() if t.dtype.is_floating_point else t for t in given[name])
-        wide["state"] = {name: t.double() for name, t in given["state"].items()}
-        p = Problem(wide)
-        build = {"hessian": it.hessian, "ggn": it.gauss_newton, "fisher": it.empirical_fisher}[kind]
-        self.A = build(p.model, p.loss, p.train)
+        p = wide(given)
+        self.A = curvature(p, kind)
         self.n = self.A.shape[0]
         self.damping = given["damping"]
         self.B = p.gradients().T
@@ -95,9 +119,8 @@ class Judge:
         X = answer.double().T
         if not bool(torch.isfinite(X).all()):
             return {"residual": float("inf"), "error": float("inf"), "spearman": float("nan")}
-        R = self.B - self.A @ X - self.damping * X
         found = {
-            "residual": float((R.norm(dim=0) / self.B.norm(dim=0)).max()),
+            "residual": residual(self.A, self.B, X, self.damping),
             "error": _error(X, self.exact),
             **self._of_scores(self.train @ X),
         }
