@@ -18,7 +18,7 @@ pytest.importorskip("torch")
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import peers, readme, report
+from benchmarks import peers, plots, readme, report
 from benchmarks.peers import environments, judge, tables
 
 
@@ -201,6 +201,40 @@ def test_a_path_of_dampings_is_recomputed(tmp_path: Path) -> None:
         assert 0 < row["one_residual"] <= 1e-5
         assert row["path_passes"] <= row["one_passes"] + 2
         assert row["ratio"] == pytest.approx(row["path_seconds"] / row["one_seconds"])
+
+
+def solved(library: str, seconds: float, residual: float | None) -> dict[str, object]:
+    where = {"case": "net, p = 3, N = 9, 2 right-hand sides, float64", "matrix": "ggn"}
+    row = {**where, "damping": 0.1, "library": library, "method": "m", "seconds": seconds}
+    return {**row, "residual": residual}
+
+
+def test_a_staircase_is_the_best_so_far() -> None:
+    rows = [solved("dattri", s, r) for s, r in ((3.0, 1e-4), (1.0, 1e-2), (2.0, 0.5), (0.5, 7.0))]
+    rows += [solved("invhvp", 1.0, 1e-12), solved("pyDVL", 1.0, None)]
+    rows += [solved("curvlinops", 1.0, float("inf")), {"library": "torch", "failed": "no"}]
+    found = plots.points(rows)
+    assert list(found) == ["invhvp", "dattri"]
+    assert plots.front(found["dattri"]) == [(1.0, 1.0), (1.0, 1e-2), (3.0, 1e-4)]
+    assert plots.front([(1.0, 2.0)]) == []
+
+
+def test_a_panel_for_each_case_with_solutions(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    rows = [solved("invhvp", 1.0, 1e-12), solved("dattri", 2.0, 3.0)]
+    rows.append({**solved("pyDVL", 1.0, None), "matrix": "fisher"})
+    made = plots.figure({"rows": rows})
+    ax, *rest = made.axes
+    assert ax.get_title(loc="left") == "Gauss–Newton, net, λ = 1e-01\np = 3, k = 2, float64"
+    assert [panel.axison for panel in rest] == [False, False]
+    (staircase,) = ax.get_lines()  # none for what is no better than x = 0
+    assert list(staircase.get_ydata()) == [1.0, plots.BEST, plots.BEST]
+    marks = {tuple(mark.get_offsets()[0]) for mark in ax.collections}
+    assert marks == {(1.0, plots.BEST), (2.0, plots.WORST)}
+    assert [t.get_text() for t in made.legends[0].get_texts()] == ["invhvp", "dattri"]
+    for name in ("one.png", "two.png"):
+        plots.save({"rows": rows}, tmp_path / name)
+    assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
 
 
 def test_the_readme_has_the_measured_table() -> None:
