@@ -167,6 +167,13 @@ def test_a_mean_of_inverses_is_judged_by_its_formula(
     assert "formula_error" not in diabetes.metrics(expected.T, "EKFAC")
 
 
+def test_an_answer_for_some_parameters_is_none(diabetes: judge.Judge) -> None:
+    found = diabetes.metrics(diabetes.exact[:300].T)
+    assert found == {"failed": "answers for 300 of 385 parameters"}
+    row = {"name": "ggn: m", "fit": 1.0, "solve": 2.0, "wall": 3.0, "peak_mib": 4.0, **found}
+    assert peers._merged([row]) == found
+
+
 def test_scores_are_judged_without_solutions(diabetes: judge.Judge) -> None:
     exact = (diabetes.train @ diabetes.exact).T
     found = diabetes.metrics({"scores": 0.9 * exact})

@@ -143,7 +143,7 @@ def _case(case: Case, grid: Grid) -> Iterator[dict[str, Any]]:
 
 
 def _total(row: dict[str, Any]) -> float:
-    return row["fit"] + row["solve"] if "fit" in row else float("inf")
+    return float("inf") if "failed" in row else row["fit"] + row["solve"]
 
 
 def _run(
@@ -208,7 +208,7 @@ def _our_folders() -> list[str]:
 
 def _merged(found: list[dict[str, Any]]) -> dict[str, Any]:
     """Medians and the spread over the rounds; accuracy of the last."""
-    good = [row for row in found if "fit" in row]
+    good = [row for row in found if "failed" not in row]
     if not good:
         return {"failed": found[-1]["failed"]}
     totals = sorted(_total(row) for row in good)

@@ -107,9 +107,10 @@ class Judge:
         method = method or ih.BlockCG(rtol=1e-9)
         return ih.solve(self.A, self.B, method, damping=self.damping).raise_if_failed().x
 
-    def metrics(self, answer: Any, name: str = "") -> dict[str, float]:
+    def metrics(self, answer: Any, name: str = "") -> dict[str, Any]:
         """The largest relative residual; the median relative errors, of solutions and of scores;
-        the mean rank correlation. `name` tells which formula the method promises.
+        the mean rank correlation; or why there are none. `name` tells which formula the method
+        promises.
         """
         if isinstance(answer, dict) and "scores" in answer:
             return self._of_scores(answer["scores"].double().T)
@@ -117,6 +118,8 @@ class Judge:
             found = self.metrics(answer["solutions"])
             return {**found, "block_error": self._block_error(answer["inverse"])}
         X = answer.double().T
+        if X.shape != self.B.shape:
+            return {"failed": f"answers for {len(X)} of {self.n} parameters"}
         if not bool(torch.isfinite(X).all()):
             return {"residual": float("inf"), "error": float("inf"), "spearman": float("nan")}
         found = {
