@@ -6,9 +6,11 @@ import argparse
 import dataclasses
 import sys
 from pathlib import Path
+from typing import Any
 
 from . import (
     collection,
+    damping_path,
     engine,
     floor,
     forms,
@@ -29,6 +31,7 @@ SUITES = {
     "hessian-products": hessian_products,
     "preconditioners": preconditioners,
     "peers": peers,
+    "damping-path": damping_path,
     "collection": collection,
     "engine": engine,
     "floor": floor,
@@ -40,7 +43,40 @@ SUITES = {
 def main(arguments: list[str] | None = None) -> int:
     """Measure, print Markdown, write it and JSON."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("suite", choices=SUITES, help="what to measure")
+    parsers = parser.add_subparsers(dest="suite", required=True, metavar="SUITE")
+    for name, suite in SUITES.items():
+        _options(parsers.add_parser(name, help=(suite.__doc__ or "").splitlines()[0]), suite)
+    options = parser.parse_args(arguments)
+    suite = SUITES[options.suite]
+    grid = published = suite.QUICK if options.quick else suite.FULL
+    if options.cap is not None:
+        grid = dataclasses.replace(grid, max_seconds=options.cap)
+    if options.case is not None:
+        there = getattr(grid, "cases", ())
+        chosen = tuple(case for case in there if options.case in repr(case))
+        if not chosen:
+            parser.error(f"no case contains {options.case!r}; there are {list(there)}")
+        grid = dataclasses.replace(grid, cases=chosen)
+    if hasattr(suite, "varied"):
+        grid = dataclasses.replace(grid, cases=suite.varied(grid.cases, options))
+    rows = []
+    for row in suite.rows(grid):
+        rows.append(row)
+        if sys.stderr.isatty():
+            print(f"\r{len(rows)} rows", end="", file=sys.stderr, flush=True)
+    limits = {f.name: getattr(grid, f.name) for f in dataclasses.fields(grid) if f.name != "cases"}
+    out = options.out or (None if options.quick else report.RESULTS)
+    if out is not None and getattr(grid, "cases", ()) != getattr(published, "cases", ()):
+        rows = report.kept(out, options.suite, rows) + rows
+    content = report.document(options.suite, rows, {"quick": options.quick, **limits})
+    text = f"{suite.markdown(content['rows'])}\n\n{report.circumstances(content)}"
+    print(text)
+    if out is not None:
+        report.write(out, options.suite, content, text)
+    return 0
+
+
+def _options(parser: argparse.ArgumentParser, suite: Any) -> None:
     parser.add_argument("--quick", action="store_true", help="a small case in a few seconds")
     parser.add_argument(
         "--case",
@@ -53,32 +89,8 @@ def main(arguments: list[str] | None = None) -> int:
         type=Path,
         help="folder for the results (default: benchmarks/results; with --quick, none)",
     )
-    options = parser.parse_args(arguments)
-    suite = SUITES[options.suite]
-    grid = suite.QUICK if options.quick else suite.FULL
-    if options.cap is not None:
-        grid = dataclasses.replace(grid, max_seconds=options.cap)
-    if options.case is not None:
-        there = getattr(grid, "cases", ())
-        chosen = tuple(case for case in there if options.case in repr(case))
-        if not chosen:
-            parser.error(f"no case contains {options.case!r}; there are {list(there)}")
-        grid = dataclasses.replace(grid, cases=chosen)
-    rows = []
-    for row in suite.rows(grid):
-        rows.append(row)
-        if sys.stderr.isatty():
-            print(f"\r{len(rows)} rows", end="", file=sys.stderr, flush=True)
-    limits = {f.name: getattr(grid, f.name) for f in dataclasses.fields(grid) if f.name != "cases"}
-    out = options.out or (None if options.quick else report.RESULTS)
-    if options.case is not None and out is not None:
-        rows = report.kept(out, options.suite, rows) + rows
-    content = report.document(options.suite, rows, {"quick": options.quick, **limits})
-    text = f"{suite.markdown(content['rows'])}\n\n{report.circumstances(content)}"
-    print(text)
-    if out is not None:
-        report.write(out, options.suite, content, text)
-    return 0
+    if hasattr(suite, "options"):
+        suite.options(parser)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""python -m benchmarks.readme: write the README's table from the results; nothing is typed."""
+"""python -m benchmarks.readme: write the README's table, and the picture beside the results that
+it is made from; nothing is typed.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from . import report
+from . import plots, report
 from .peers.tables import GOALS, TITLES, fastest
 
 README = Path(__file__).parents[1] / "README.md"
@@ -53,10 +55,11 @@ def written(text: str, content: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Rewrite the README in place."""
+    """Rewrite the README in place, and draw the picture."""
     content = json.loads((report.RESULTS / "peers.json").read_text(encoding="utf-8"))
     text = README.read_text(encoding="utf-8")
     README.write_text(written(text, content), encoding="utf-8")
+    plots.save(content)
 
 
 if __name__ == "__main__":

@@ -92,9 +92,11 @@ def circumstances(content: dict[str, Any]) -> str:
     m = content["machine"]
     threads = ", ".join(f"{k}={v}" for k, v in m["threads"].items()) or "threads not limited"
     libraries = ", ".join(f"{k} {v}" for k, v in content["versions"].items())
+    plain = {k: v for k, v in content["settings"].items() if isinstance(v, (int, float))}
+    settings = ", ".join(f"{k.replace('_', ' ')} {v:g}" for k, v in plain.items() if k != "quick")
     return (
         f"{content['date']}, {m['system']} {m['architecture']}, {m['processors']} processors, "
-        f"{threads}, Python {m['python']}, {m['blas']}, {libraries}. "
+        f"{threads}, Python {m['python']}, {m['blas']}, {libraries}. Settings: {settings}. "
         "Times are of a shared machine: trust ratios within a row, not seconds."
     )
 

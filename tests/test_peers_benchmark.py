@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import json
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,9 +15,11 @@ import pytest
 pytest.importorskip("sklearn")
 pytest.importorskip("torch")
 
+import torch
+
 from benchmarks import __main__ as command
-from benchmarks import peers, readme, report
-from benchmarks.peers import environments, tables
+from benchmarks import peers, plots, readme, report
+from benchmarks.peers import environments, judge, tables
 
 
 def test_quick_run_recomputes_accuracy(tmp_path: Path) -> None:
@@ -60,10 +66,182 @@ def test_what_fails_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     broken = environments.Peer("broken", "no_such_side")
     monkeypatch.setattr(environments, "PEERS", (broken,))
     monkeypatch.setattr(peers, "contenders", lambda _: ["hessian: nothing"])
-    grid = peers.Grid(cases=peers.QUICK.cases, k=1, rounds=1, peers=("broken",))
+    grid = peers.Grid(cases=peers.QUICK.cases, rounds=1, peers=("broken",))
     (row,) = peers.rows(grid)
     assert "no_such_side" in row["failed"]
     assert "no_such_side" in peers.markdown([row])
+
+
+def asked(*arguments: str) -> tuple[peers.Case, ...]:
+    parser = argparse.ArgumentParser()
+    peers.options(parser)
+    return peers.varied(peers.FULL.cases, parser.parse_args(arguments))
+
+
+def test_cases_vary_only_in_what_is_asked_for() -> None:
+    assert asked() == peers.FULL.cases
+    assert {case.k for case in peers.FULL.cases} == {16}
+    ways = asked("--k", "1", "64", "--damping", "1e-3", "0.5")
+    assert len(ways) == 4 * len(peers.FULL.cases)
+    first = peers.FULL.cases[0]
+    assert ways[:4] == tuple(
+        replace(first, k=k, damping=damping) for k in (1, 64) for damping in (1e-3, 0.5)
+    )
+    assert {case.dtype for case in asked("--dtype", "float32")} == {"float32"}
+
+
+def test_other_cases_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured(grid: peers.Grid) -> Iterator[dict[str, object]]:
+        for case in grid.cases:
+            where = {"case": f"{case.network}, {case.k}", "matrix": case.matrix}
+            row = {**where, "damping": case.damping, "library": "l", "method": "m"}
+            yield {**row, "failed": "of course"}
+
+    monkeypatch.setattr(peers, "rows", measured)
+    quick = ["peers", "--quick", "--out", str(tmp_path)]
+    for more in ([], ["--k", "1", "2"], ["--damping", "0.5", "--case", "logreg"]):
+        assert command.main(quick + more) == 0
+    rows = json.loads((tmp_path / "peers.json").read_text())["rows"]
+    found = {(row["case"], row["damping"]) for row in rows}
+    assert found == {("logreg, 1", 0.1), ("logreg, 2", 0.1), ("logreg, 2", 0.5)}
+    assert len(rows) == 3
+    assert "Settings: batch 256, rounds 1, max seconds 10." in (tmp_path / "peers.md").read_text()
+
+
+def test_data_that_are_missing_are_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mnist1d.data", None)
+    (row,) = peers.rows(peers.Grid(cases=(peers.Case(network="mnist1d_mlp"),)))
+    assert "mnist1d" in row["failed"]
+    assert "invhvp[bench]" in peers.markdown([row])
+
+
+@pytest.mark.parametrize("network", ["mnist1d_mlp", "mnist1d_cnn"])
+def test_mnist1d_is_made_by_its_seed(network: str) -> None:
+    pytest.importorskip("mnist1d")
+    case = peers.Case(network=network, n_train=48, dtype="float64", k=3)
+    given = judge.problem(case, 32)
+    x, y = given["train"]
+    assert x.shape == (48, 40)
+    assert given["test"][0].shape == (3, 40)
+    assert y[:5].tolist() == [2, 6, 4, 5, 6]
+    judged = judge.Judge(given, "hessian")
+    found = judged.metrics(judged.exact.T)
+    assert found["residual"] < 1e-10
+    assert found["error"] == 0
+
+
+def test_lineax_solves_with_our_operator() -> None:
+    pytest.importorskip("lineax")
+    case = replace(peers.QUICK.cases[0], dtype="float32")
+    (row,) = peers.rows(replace(peers.QUICK, cases=(case,), peers=("lineax",)))
+    assert row["library"] == "lineax"
+    assert row["residual"] <= 1e-3
+    assert row["score_error"] <= 1e-2
+
+
+@pytest.fixture(scope="module")
+def diabetes() -> judge.Judge:
+    case = peers.Case(network="diabetes", n_train=20, dtype="float64", damping=0.5, k=3)
+    return judge.Judge(judge.problem(case, 8), "fisher")
+
+
+@pytest.mark.parametrize(
+    ("name", "n_blocks"),
+    [("InverseHarmonicMean", 1), ("DataInf", 2), ("InverseHarmonicMean by parameter", 4)],
+)
+def test_a_mean_of_inverses_is_judged_by_its_formula(
+    diabetes: judge.Judge, name: str, n_blocks: int
+) -> None:
+    by = judge.HARMONIC[name]
+    blocks = judge._blocks(diabetes.model, by)
+    assert len(blocks) == n_blocks
+    rows = diabetes.train.to_dense()
+    expected = 0 * diabetes.B
+    for block in blocks:
+        for g in rows[:, block]:
+            M = torch.outer(g, g) + 0.5 * torch.eye(len(g))
+            expected[block] += torch.linalg.solve(M, diabetes.B[block]) / len(rows)
+    torch.testing.assert_close(diabetes.harmonic_mean(by), expected)
+    found = diabetes.metrics(1.5 * expected.T, name)
+    assert found["formula_error"] == pytest.approx(0.5)
+    assert "formula_error" not in diabetes.metrics(expected.T, "EKFAC")
+
+
+def test_an_answer_for_some_parameters_is_none(diabetes: judge.Judge) -> None:
+    found = diabetes.metrics(diabetes.exact[:300].T)
+    assert found == {"failed": "answers for 300 of 385 parameters"}
+    row = {"name": "ggn: m", "fit": 1.0, "solve": 2.0, "wall": 3.0, "peak_mib": 4.0, **found}
+    assert peers._merged([row]) == found
+
+
+def test_scores_are_judged_without_solutions(diabetes: judge.Judge) -> None:
+    exact = (diabetes.train @ diabetes.exact).T
+    found = diabetes.metrics({"scores": 0.9 * exact})
+    assert found == {"score_error": pytest.approx(0.1), "spearman": pytest.approx(1.0)}
+    assert diabetes.metrics(0.9 * diabetes.exact.T)["score_error"] == pytest.approx(0.1)
+
+
+def test_scores_alone_are_summed_up_against_the_nearest() -> None:
+    def row(library: str, seconds: float, off: float) -> dict[str, object]:
+        found = {"library": library, "method": f"of {library}", "seconds": seconds}
+        return {**found, "score_error": off}
+
+    group = [row("invhvp", 2.0, 1e-6), row("pyDVL", 1.0, 0.5), row("dattri", 8.0, 0.2)]
+    start = "Scores alone: of invhvp 2 s, 1.0e-6 off; the nearest peer, "
+    assert tables.best(group) == start + "dattri's of dattri, 8 s, 2.0e-1 off: 4 ×."
+    group += [row("torch", 20.0, 1e-3), row("lineax", 30.0, 1e-6)]
+    assert tables.best(group) == start + "torch's of torch, 20 s, 1.0e-3 off: 10 ×."
+
+
+def test_a_path_of_dampings_is_recomputed(tmp_path: Path) -> None:
+    assert command.main(["damping-path", "--quick", "--k", "1", "3", "--out", str(tmp_path)]) == 0
+    content = json.loads((tmp_path / "damping-path.json").read_text())
+    rows = content["rows"]
+    assert [row["case"].split(", ")[3] for row in rows] == [
+        "1 right-hand side",
+        "3 right-hand sides",
+    ]
+    for row in rows:
+        assert row["dampings"] == pytest.approx([1.0, 10**-0.5, 0.1])
+        assert row["said"] == "CONVERGED"
+        assert 0 < row["path_residual"] <= 1e-5
+        assert 0 < row["one_residual"] <= 1e-5
+        assert row["path_passes"] <= row["one_passes"] + 2
+        assert row["ratio"] == pytest.approx(row["path_seconds"] / row["one_seconds"])
+
+
+def solved(library: str, seconds: float, residual: float | None) -> dict[str, object]:
+    where = {"case": "net, p = 3, N = 9, 2 right-hand sides, float64", "matrix": "ggn"}
+    row = {**where, "damping": 0.1, "library": library, "method": "m", "seconds": seconds}
+    return {**row, "residual": residual}
+
+
+def test_a_staircase_is_the_best_so_far() -> None:
+    rows = [solved("dattri", s, r) for s, r in ((3.0, 1e-4), (1.0, 1e-2), (2.0, 0.5), (0.5, 7.0))]
+    rows += [solved("invhvp", 1.0, 1e-12), solved("pyDVL", 1.0, None)]
+    rows += [solved("curvlinops", 1.0, float("inf")), {"library": "torch", "failed": "no"}]
+    found = plots.points(rows)
+    assert list(found) == ["invhvp", "dattri"]
+    assert plots.front(found["dattri"]) == [(1.0, 1.0), (1.0, 1e-2), (3.0, 1e-4)]
+    assert plots.front([(1.0, 2.0)]) == []
+
+
+def test_a_panel_for_each_case_with_solutions(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    rows = [solved("invhvp", 1.0, 1e-12), solved("dattri", 2.0, 3.0)]
+    rows.append({**solved("pyDVL", 1.0, None), "matrix": "fisher"})
+    made = plots.figure({"rows": rows})
+    ax, *rest = made.axes
+    assert ax.get_title(loc="left") == "Gauss–Newton, net, λ = 1e-01\np = 3, k = 2, float64"
+    assert [panel.axison for panel in rest] == [False, False]
+    (staircase,) = ax.get_lines()  # none for what is no better than x = 0
+    assert list(staircase.get_ydata()) == [1.0, plots.BEST, plots.BEST]
+    marks = {tuple(mark.get_offsets()[0]) for mark in ax.collections}
+    assert marks == {(1.0, plots.BEST), (2.0, plots.WORST)}
+    assert [t.get_text() for t in made.legends[0].get_texts()] == ["invhvp", "dattri"]
+    for name in ("one.png", "two.png"):
+        plots.save({"rows": rows}, tmp_path / name)
+    assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
 
 
 def test_the_readme_has_the_measured_table() -> None:

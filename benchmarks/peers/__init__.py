@@ -8,13 +8,15 @@ row that says so.
 
 from __future__ import annotations
 
+import argparse
+import itertools
 import json
 import os
 import statistics
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +26,14 @@ from .tables import markdown as markdown
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A network (see `networks.NETWORKS`), a matrix of it, samples, and λ."""
+    """A network (see `networks.NETWORKS`), a matrix of it, samples, λ, and right-hand sides."""
 
     network: str
     matrix: str = "hessian"
     n_train: int = 1280
     damping: float = 1e-2
     dtype: str = "float32"
+    k: int = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +41,6 @@ class Grid:
     """What is run."""
 
     cases: tuple[Case, ...]
-    k: int = 16
     batch: int = 256
     rounds: int = 3
     max_seconds: float = 60.0
@@ -52,7 +54,10 @@ _HESSIANS = (
     Case(network="diabetes", dtype="float64"),
     Case(network="cnn", n_train=400),
     Case(network="mlp_wide"),
+    Case(network="mlp_1m"),
     Case(network="transformer", n_train=400, damping=1e-1),
+    Case(network="mnist1d_mlp", dtype="float64"),
+    Case(network="mnist1d_cnn", n_train=400),
 )
 _OTHERS = (
     Case(network="mlp_small", matrix="ggn", dtype="float64"),  # where blocks are compared too
@@ -63,12 +68,30 @@ _OTHERS = (
 )
 FULL = Grid(cases=_HESSIANS + _OTHERS)
 QUICK = Grid(
-    cases=(Case(network="logreg", n_train=200, damping=1e-1),),
-    k=2,
+    cases=(Case(network="logreg", n_train=200, damping=1e-1, k=2),),
     rounds=1,
     max_seconds=10.0,
     peers=("invhvp", "torch"),
 )
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    """What may be asked of every case, beside what is published."""
+    add = parser.add_argument
+    add("--k", type=int, nargs="+", metavar="K", help="numbers of right-hand sides")
+    add("--damping", type=float, nargs="+", metavar="λ", help="dampings, in place of a case's own")
+    add("--dtype", nargs="+", choices=("float32", "float64"), help="in place of a case's own")
+
+
+def varied(cases: tuple[Case, ...], asked: argparse.Namespace) -> tuple[Case, ...]:
+    """The cases with all that is asked in place of their own; each once."""
+    own = {name: getattr(asked, name) for name in ("k", "damping", "dtype")}
+    values = [[(name, value) for value in given] for name, given in own.items() if given]
+    made = (replace(case, **dict(way)) for case in cases for way in itertools.product(*values))
+    return tuple(dict.fromkeys(made))
+
+
+_ACCURACY = ("residual", "error", "score_error", "spearman", "block_error", "formula_error")
 
 
 def rows(grid: Grid) -> Iterator[dict[str, Any]]:
@@ -82,21 +105,15 @@ def _case(case: Case, grid: Grid) -> Iterator[dict[str, Any]]:
 
     from . import judge
 
-    given = judge.problem(
-        case.network,
-        n_train=case.n_train,
-        dtype=case.dtype,
-        damping=case.damping,
-        k=grid.k,
-        batch=grid.batch,
-    )
+    where = {"case": case.network, "matrix": case.matrix, "damping": case.damping}
+    try:
+        given = judge.problem(case, grid.batch)
+    except ModuleNotFoundError as error:  # of its data
+        missing = f"{error}: pip install 'invhvp[bench]'"
+        yield {**where, "library": "all", "method": "methods", "failed": missing}
+        return
     judged = judge.Judge(given, case.matrix)
-    where = {
-        "case": f"{case.network}, p = {judged.n}, N = {len(given['train'][0])}, "
-        f"{grid.k} right-hand sides, {case.dtype}",
-        "matrix": case.matrix,
-        "damping": case.damping,
-    }
+    where["case"] = judge.described(given)
     seen: dict[tuple[str, str], list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "problem.pt"
@@ -118,7 +135,7 @@ def _case(case: Case, grid: Grid) -> Iterator[dict[str, Any]]:
                     answer = row.pop("where", None)
                     if answer is not None:
                         loaded = torch.load(answer, weights_only=False)
-                        row.update(judged.metrics(loaded))
+                        row.update(judged.metrics(loaded, row["name"].split(": ", 1)[-1]))
                         Path(answer).unlink()
                     seen.setdefault((peer.name, row["name"]), []).append(row)
     for (owner, name), found in seen.items():
@@ -126,7 +143,7 @@ def _case(case: Case, grid: Grid) -> Iterator[dict[str, Any]]:
 
 
 def _total(row: dict[str, Any]) -> float:
-    return row["fit"] + row["solve"] if "fit" in row else float("inf")
+    return float("inf") if "failed" in row else row["fit"] + row["solve"]
 
 
 def _run(
@@ -191,7 +208,7 @@ def _our_folders() -> list[str]:
 
 def _merged(found: list[dict[str, Any]]) -> dict[str, Any]:
     """Medians and the spread over the rounds; accuracy of the last."""
-    good = [row for row in found if "fit" in row]
+    good = [row for row in found if "failed" not in row]
     if not good:
         return {"failed": found[-1]["failed"]}
     totals = sorted(_total(row) for row in good)
@@ -203,9 +220,6 @@ def _merged(found: list[dict[str, Any]]) -> dict[str, Any]:
         "wall": statistics.median(row["wall"] for row in good),
         "rounds": len(good),
         "peak_mib": max(row["peak_mib"] for row in good),
-        "residual": good[-1].get("residual"),
-        "error": good[-1].get("error"),
-        "spearman": good[-1].get("spearman"),
-        "block_error": good[-1].get("block_error"),
+        **{name: good[-1].get(name) for name in _ACCURACY},
         "said": good[-1].get("said", ""),
     }

@@ -59,5 +59,6 @@ CONTENDERS = {
     "hessian: Arnoldi, defaults": _attributor(IFAttributorArnoldi),
     "hessian: DataInf": _attributor(IFAttributorDataInf),
     "hessian: EKFAC": _attributor(IFAttributorEKFAC),
+    "fisher: DataInf": _attributor(IFAttributorDataInf),
     "ggn: EKFAC": _attributor(IFAttributorEKFAC),
 }

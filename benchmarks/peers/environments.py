@@ -30,6 +30,7 @@ OURS = Peer("invhvp", "ours_side")
 PEERS = (
     OURS,
     Peer("torch", "torch_side"),
+    Peer("lineax", "lineax_side"),
     Peer("pyDVL", "pydvl_side", ("pydvl[influence]==0.10.0", "numpy<2", "torch")),
     Peer("curvlinops", "curvlinops_side", ("curvlinops-for-pytorch==3.0.1", "torch")),
     Peer("dattri", "dattri_side", ("dattri==0.3.0", "torch")),

@@ -16,57 +16,87 @@ import invhvp_torch as it
 from .networks import LOSSES, NETWORKS, Problem
 
 _DENSE = 6000  # parameters up to which the matrix is formed
+# What approximates another matrix than that of the title, by a formula that can be checked.
+HARMONIC = {
+    "InverseHarmonicMean": "full",
+    "InverseHarmonicMean by parameter": "parameter",
+    "DataInf": "layer",
+}
 
 
-def problem(
-    network: str, *, n_train: int, dtype: str, damping: float, k: int, batch: int
-) -> dict[str, Any]:
-    """A trained network on real data, and the k test points on which it is worst."""
-    x, y, loss = _data(network)
-    n = min(n_train, int(0.8 * len(x)))
+def problem(case: Any, batch: int = 256) -> dict[str, Any]:
+    """A trained network on real data, and the k test points on which it is worst, for a `Case`."""
+    x, y, loss = _data(case.network)
+    n = min(case.n_train, int(0.8 * len(x)))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = NETWORKS[network]().double()
+        model = NETWORKS[case.network]().double()
         _train(model, LOSSES[loss], x[:n], y[:n])
     with torch.no_grad():
         losses = torch.stack(
             [LOSSES[loss](model(a[None]), b[None]) for a, b in zip(x[n:], y[n:], strict=True)]
         )
-    hard = n + torch.argsort(losses, descending=True)[:k]
-    kind = getattr(torch, dtype)
+    hard = n + torch.argsort(losses, descending=True)[: case.k]
+    kind = getattr(torch, case.dtype)
 
     def cast(t: Any) -> Any:
         return t.to(kind) if t.dtype.is_floating_point else t
 
     return {
-        "network": network,
+        "network": case.network,
         "loss": loss,
         "state": {name: cast(t) for name, t in model.state_dict().items()},
         "train": (cast(x[:n]), cast(y[:n])),
         "test": (cast(x[hard]), cast(y[hard])),
-        "damping": damping,
+        "damping": case.damping,
         "batch": batch,
     }
+
+
+def described(given: dict[str, Any]) -> str:
+    """In words, with all that a case of the same name may differ in, but for the matrix and λ."""
+    p = sum(t.numel() for t in given["state"].values())
+    N, k = len(given["train"][0]), len(given["test"][0])
+    dtype = str(next(iter(given["state"].values())).dtype).removeprefix("torch.")
+    sides = "right-hand sides" if k > 1 else "right-hand side"
+    return f"{given['network']}, p = {p}, N = {N}, {k} {sides}, {dtype}"
+
+
+def wide(given: dict[str, Any]) -> Problem:
+    """The same in float64: float32 weights and data exactly, their matrix in more digits."""
+    copied = copy.copy(given)
+    for name in ("train", "test"):
+        copied[name] = tuple(t.double() if t.dtype.is_floating_point else t for t in given[name])
+    copied["state"] = {name: t.double() for name, t in given["state"].items()}
+    return Problem(copied)
+
+
+def curvature(p: Problem, kind: str) -> Any:
+    """The matrix of that name, over all training samples."""
+    build = {"hessian": it.hessian, "ggn": it.gauss_newton, "fisher": it.empirical_fisher}[kind]
+    return build(p.model, p.loss, p.train)
+
+
+def residual(A: Any, B: Any, X: Any, damping: float) -> float:
+    """The largest ‖b − (A + λI)x‖/‖b‖ of all columns."""
+    X = X.double()
+    R = B - A @ X - damping * X
+    return float((R.norm(dim=0) / B.norm(dim=0)).max())
 
 
 class Judge:
     """Residuals, errors and rank correlations against one matrix, in float64."""
 
     def __init__(self, given: dict[str, Any], kind: str) -> None:
-        wide = copy.copy(given)
-        for name in ("train", "test"):
-            wide[name] = tuple(t.double() if t.dtype.is_floating_point else t for t in given[name])
-        wide["state"] = {name: t.double() for name, t in given["state"].items()}
-        p = Problem(wide)
-        build = {"hessian": it.hessian, "ggn": it.gauss_newton, "fisher": it.empirical_fisher}[kind]
-        self.A = build(p.model, p.loss, p.train)
+        p = wide(given)
+        self.A = curvature(p, kind)
         self.n = self.A.shape[0]
         self.damping = given["damping"]
         self.B = p.gradients().T
-        self.blocks = _layers(p.model)
+        self.model = p.model
         self.exact = self._solve()
         self.train = it.per_sample_gradients(p.model, p.loss, *p.train)
-        self.scores = (self.train @ self.exact).numpy().T
+        self.scores = self.train @ self.exact  # (N, k)
 
     def _solve(self) -> Any:
         if self.n <= _DENSE:
@@ -77,23 +107,41 @@ class Judge:
         method = method or ih.BlockCG(rtol=1e-9)
         return ih.solve(self.A, self.B, method, damping=self.damping).raise_if_failed().x
 
-    def metrics(self, answer: Any) -> dict[str, float]:
-        """The largest relative residual, the median relative error, the mean rank correlation."""
+    def metrics(self, answer: Any, name: str = "") -> dict[str, Any]:
+        """The largest relative residual; the median relative errors, of solutions and of scores;
+        the mean rank correlation; or why there are none. `name` tells which formula the method
+        promises.
+        """
         if isinstance(answer, dict) and "scores" in answer:
-            return {"spearman": self._spearman(answer["scores"].double().numpy())}
+            return self._of_scores(answer["scores"].double().T)
         if isinstance(answer, dict):
             found = self.metrics(answer["solutions"])
             return {**found, "block_error": self._block_error(answer["inverse"])}
         X = answer.double().T
+        if X.shape != self.B.shape:
+            return {"failed": f"answers for {len(X)} of {self.n} parameters"}
         if not bool(torch.isfinite(X).all()):
             return {"residual": float("inf"), "error": float("inf"), "spearman": float("nan")}
-        R = self.B - self.A @ X - self.damping * X
-        error = (X - self.exact).norm(dim=0) / self.exact.norm(dim=0)
-        return {
-            "residual": float((R.norm(dim=0) / self.B.norm(dim=0)).max()),
-            "error": float(error.median()),
-            "spearman": self._spearman((self.train @ X).numpy().T),
+        found = {
+            "residual": residual(self.A, self.B, X, self.damping),
+            "error": _error(X, self.exact),
+            **self._of_scores(self.train @ X),
         }
+        if name in HARMONIC:
+            found["formula_error"] = _error(X, self.harmonic_mean(HARMONIC[name]))
+        return found
+
+    def harmonic_mean(self, by: str) -> Any:
+        """(1/N) Σ (g_i g_iᵀ + λI)⁻¹B for blocks of parameters, as Kwon et al. (2024) have it."""
+        blocks = _blocks(self.model, by)
+        total = torch.zeros_like(self.B)
+        for start in range(0, len(self.train), 64):
+            rows = self.train[start : start + 64].to_dense()
+            for block in blocks:
+                G = rows[:, block]
+                W = (G @ self.B[block]) / (self.damping + (G * G).sum(dim=1, keepdim=True))
+                total[block] += G.T @ W
+        return (self.B - total / len(self.train)) / self.damping
 
     def _block_error(self, inverse: Any) -> float:
         """‖K − F‖/‖F‖ over the blocks [W | b] of the layers, in the Frobenius norm."""
@@ -101,24 +149,31 @@ class Judge:
         K = np.linalg.inv(inverse.double().numpy()) - damping
         F = self.A.to_dense().numpy()
         wrong = right = 0.0
-        for block in self.blocks:
+        for block in _blocks(self.model, "layer"):
             mine, exact = K[np.ix_(block, block)], F[np.ix_(block, block)]
             wrong += float(np.sum((mine - exact) ** 2))
             right += float(np.sum(exact**2))
         return float(np.sqrt(wrong / right))
 
-    def _spearman(self, scores: np.ndarray) -> float:
-        pairs = zip(scores, self.scores, strict=True)
-        return float(np.mean([scipy.stats.spearmanr(a, b).statistic for a, b in pairs]))
+    def _of_scores(self, scores: Any) -> dict[str, float]:
+        pairs = zip(scores.numpy().T, self.scores.numpy().T, strict=True)
+        ranks = [scipy.stats.spearmanr(a, b).statistic for a, b in pairs]
+        return {"score_error": _error(scores, self.scores), "spearman": float(np.mean(ranks))}
 
 
-def _layers(model: Any) -> list[np.ndarray]:
-    """Positions of the parameters of each module."""
+def _error(found: Any, exact: Any) -> float:
+    """The median over columns of ‖x − x*‖/‖x*‖."""
+    return float(((found - exact).norm(dim=0) / exact.norm(dim=0)).median())
+
+
+def _blocks(model: Any, by: str) -> list[np.ndarray]:
+    """Positions of the parameters of each "layer", of each "parameter" array, or in "full"."""
     found: dict[str, list[np.ndarray]] = {}
     start = 0
     for name, q in model.named_parameters():
         positions = np.arange(start, start + q.numel())
-        found.setdefault(name.rpartition(".")[0], []).append(positions)
+        key = {"full": "", "layer": name.rpartition(".")[0], "parameter": name}[by]
+        found.setdefault(key, []).append(positions)
         start += q.numel()
     return [np.concatenate(parts) for parts in found.values()]
 
@@ -131,6 +186,8 @@ def _data(network: str) -> tuple[Any, Any, str]:
         y = ((y - y.mean()) / y.std())[:, None]
     elif network == "cancer":
         x, y = datasets.load_breast_cancer(return_X_y=True)
+    elif network.startswith("mnist1d"):
+        x, y = _mnist1d()
     else:
         x, y = datasets.load_digits(return_X_y=True)
         x = x / 16.0
@@ -140,6 +197,15 @@ def _data(network: str) -> tuple[Any, Any, str]:
         x, y = x[order], y[order]
     loss = "mse" if network == "diabetes" else "cross_entropy"
     return torch.from_numpy(np.asarray(x)), torch.from_numpy(np.asarray(y)), loss
+
+
+def _mnist1d() -> tuple[np.ndarray, np.ndarray]:
+    """The signals of Greydanus & Kobak (2024), made by their seed and not downloaded."""
+    from mnist1d.data import get_dataset_args, make_dataset
+
+    made = make_dataset(get_dataset_args())
+    x, y = (np.concatenate([made[name], made[f"{name}_test"]]) for name in "xy")
+    return x, y
 
 
 def _train(model: Any, loss: Any, x: Any, y: Any) -> None:

@@ -49,6 +49,13 @@ class Image(nn.Module):
         return x.reshape(len(x), 1, 8, 8)
 
 
+class Signal(nn.Module):
+    """A signal as an image of one line: curvlinops knows convolutions of images alone."""
+
+    def forward(self, x: Any) -> Any:
+        return x.reshape(len(x), 1, 1, -1)
+
+
 class Mean(nn.Module):
     """The mean over tokens."""
 
@@ -78,6 +85,20 @@ def _cnn() -> nn.Module:
     )
 
 
+def _cnn1d() -> nn.Module:
+    return nn.Sequential(
+        Signal(),
+        nn.Conv2d(1, 8, (1, 5), padding=(0, 2)),
+        nn.Tanh(),
+        nn.AvgPool2d((1, 2)),
+        nn.Conv2d(8, 16, (1, 5), padding=(0, 2)),
+        nn.Tanh(),
+        nn.AvgPool2d((1, 2)),
+        nn.Flatten(),
+        nn.Linear(160, 10),
+    )
+
+
 def _transformer() -> nn.Module:
     layers = [Attention(64, 4, 256) for _ in range(2)]
     return nn.Sequential(Rows(), nn.Linear(8, 64), *layers, Mean(), nn.Linear(64, 10))
@@ -91,6 +112,8 @@ NETWORKS = {
     "mlp_wide": lambda: _mlp(64, 512, 512, 10),
     "mlp_1m": lambda: _mlp(64, 1024, 896, 10),
     "transformer": _transformer,
+    "mnist1d_mlp": lambda: _mlp(40, 64, 10),
+    "mnist1d_cnn": _cnn1d,
     "cancer": lambda: _mlp(30, 32, 2),
     "diabetes": lambda: _mlp(10, 32, 1),
 }
@@ -98,7 +121,7 @@ LOSSES = {"cross_entropy": nn.functional.cross_entropy, "mse": nn.functional.mse
 
 
 class Problem:
-    """What every library is given: a trained network, its data, 16 test points, λ."""
+    """What every library is given: a trained network, its data, k test points, λ."""
 
     def __init__(self, given: dict[str, Any]) -> None:
         self.given = given

@@ -91,6 +91,20 @@ def _scipy(rtol: float) -> Any:
     return prepare
 
 
+def _scores(method: Any) -> Any:
+    def prepare(problem: Any) -> Any:
+        F = it.empirical_fisher(problem.model, problem.loss, problem.train)
+        influence = ih.Influence(method.prepare(F, damping=problem.damping), F.gradients)
+
+        def solve() -> Any:
+            G = it.per_sample_gradients(problem.model, problem.loss, *problem.test)
+            return {"scores": influence.scores(G)}
+
+        return solve
+
+    return prepare
+
+
 def _block(rtol: float, preconditioner: Any = None) -> Any:
     return ih.BlockCG(rtol=rtol, preconditioner=preconditioner)
 
@@ -123,6 +137,7 @@ CONTENDERS = {
     "hessian: K-FAC": _kronecker(it.kfac),
     "hessian: EKFAC": _kronecker(it.ekfac),
     "hessian: SciPy CG to 1e-3": _scipy(1e-3),
+    "hessian: SciPy CG to 1e-6": _scipy(1e-6),
     "ggn: SampleSpace": _method("ggn", ih.SampleSpace()),
     "ggn: BlockCG to 1e-3": _method("ggn", _block(1e-3)),
     "ggn: K-FAC": _kronecker(it.kfac),
@@ -130,5 +145,10 @@ CONTENDERS = {
     "ggn: EKFAC, signs": _kronecker(it.ekfac, fisher="sign"),
     "fisher: SampleSpace": _method("fisher", ih.SampleSpace()),
     "fisher: BlockCG to 1e-3": _method("fisher", _block(1e-3)),
+    "fisher: InverseHarmonicMean": _method("fisher", ih.InverseHarmonicMean()),
+    "fisher: InverseHarmonicMean by parameter": _method(
+        "fisher", ih.InverseHarmonicMean(block="layer")
+    ),
+    "fisher: scores, SampleSpace": _scores(ih.SampleSpace()),
     "fisher: EKFAC": _kronecker(it.ekfac, fisher="empirical"),
 }

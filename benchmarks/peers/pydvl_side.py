@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from pydvl.influence.torch import (
     ArnoldiInfluence,
     CgInfluence,
@@ -16,7 +17,7 @@ from pydvl.influence.torch import (
 )
 from pydvl.influence.torch.preconditioner import JacobiPreconditioner, NystroemPreconditioner
 
-FISHER = {"second_order_mode": SecondOrderMode.GAUSS_NEWTON}
+FISHER = SecondOrderMode.GAUSS_NEWTON
 
 
 def _model(kind: Any, **options: Any) -> Any:
@@ -26,6 +27,33 @@ def _model(kind: Any, **options: Any) -> Any:
         return lambda: influence.influence_factors(*problem.test).detach()
 
     return prepare
+
+
+def _fisher(answer: Any, tolerance: dict[str, float]) -> Any:
+    def prepare(problem: Any) -> Any:
+        influence = CgInfluence(
+            problem.model, problem.loss, regularization=problem.damping, maxiter=2000,
+            solve_simultaneously=True, second_order_mode=FISHER, **tolerance,
+        )  # fmt: skip
+        influence = influence.fit(problem.loader())
+        return lambda: answer(influence, problem)
+
+    return prepare
+
+
+def _scores(influence: Any, problem: Any) -> Any:
+    return {"scores": influence.influences(*problem.test, *problem.train).detach()}
+
+
+def _one_by_one(influence: Any, problem: Any) -> Any:
+    """With several right-hand sides at once its product is that of another matrix."""
+    points = zip(*problem.test, strict=True)
+    return torch.cat([influence.influence_factors(x[None], y[None]) for x, y in points]).detach()
+
+
+def _scores_one_by_one(influence: Any, problem: Any) -> Any:
+    factors = _one_by_one(influence, problem)
+    return {"scores": influence.influences_from_factors(factors, *problem.train).detach()}
 
 
 def _ekfac(*, update: bool) -> Any:
@@ -43,13 +71,15 @@ def _block(**options: Any) -> Any:
     return _model(CgInfluence, solve_simultaneously=True, **options)
 
 
+# Its tolerance is the square of rtol: these stop near 1e-3 and 1e-6.
+TO_1E3, TO_1E6 = ({"rtol": rtol, "atol": 0.0} for rtol in (3e-2, 1e-3))
+
 CONTENDERS = {
     "hessian: Direct": _model(DirectInfluence),
     "hessian: CG, defaults": _model(CgInfluence),
     "hessian: block CG, defaults": _block(),
-    # Its tolerance is the square of rtol: these stop near 1e-3 and 1e-6.
-    "hessian: block CG to 1e-3": _block(rtol=3e-2, atol=0.0, maxiter=10_000),
-    "hessian: block CG to 1e-6": _block(rtol=1e-3, atol=0.0, maxiter=10_000),
+    "hessian: block CG to 1e-3": _block(maxiter=10_000, **TO_1E3),
+    "hessian: block CG to 1e-6": _block(maxiter=10_000, **TO_1E6),
     "hessian: block CG, Nyström 50": _block(preconditioner=NystroemPreconditioner(rank=50)),
     "hessian: block CG, Jacobi": _block(preconditioner=JacobiPreconditioner()),
     "hessian: LiSSA, defaults": _model(LissaInfluence),
@@ -61,7 +91,12 @@ CONTENDERS = {
     "hessian: EKFAC, updated diagonal": _ekfac(update=True),
     "ggn: EKFAC": _ekfac(update=False),
     "ggn: EKFAC, updated diagonal": _ekfac(update=True),
-    "fisher: Direct": _model(DirectInfluence, **FISHER),
-    "fisher: block CG, defaults": _block(**FISHER),
-    "fisher: block CG to 1e-3": _block(rtol=3e-2, atol=0.0, maxiter=200, **FISHER),
+    "fisher: Direct": _model(DirectInfluence, second_order_mode=FISHER),
+    "fisher: block CG, defaults": _block(second_order_mode=FISHER),
+    "fisher: block CG to 1e-3": _block(maxiter=200, **TO_1E3, second_order_mode=FISHER),
+    "fisher: block CG to 1e-3, one by one": _fisher(_one_by_one, TO_1E3),
+    "fisher: InverseHarmonicMean": _model(InverseHarmonicMeanInfluence),
+    "fisher: scores, block CG to 1e-3": _fisher(_scores, TO_1E3),
+    "fisher: scores, block CG to 1e-3, one by one": _fisher(_scores_one_by_one, TO_1E3),
+    "fisher: scores, block CG to 1e-6, one by one": _fisher(_scores_one_by_one, TO_1E6),
 }

@@ -103,8 +103,8 @@ def test_bad_input_is_named():
         ih.PivotedCholesky().prepare(np.eye(3), damping=1.0)
     with pytest.raises(ih.SingularError, match="damping > 0"):
         ih.PivotedCholesky().prepare(A, damping=0.0)
+    bad = ih.RankOneMean(ih.DenseGradients(np.array([[np.nan, 1.0]])))
     with pytest.raises(ValueError, match="NaN or Inf"):
-        bad = ih.RankOneMean(ih.DenseGradients(np.array([[np.nan, 1.0]])))
         ih.PivotedCholesky().prepare(bad, damping=1.0)
     for options in ({"rank": 0}, {"rank": "many"}, {"max_rank": 0}, {"tol": -1.0}):
         with pytest.raises(ValueError, match=next(iter(options))):
