@@ -142,6 +142,16 @@ class Problem:
         few = {"train": [t[:24] for t in self.train], "test": [t[:2] for t in self.test]}
         return Problem({**self.given, **{name: tuple(t) for name, t in few.items()}})
 
+    def cast(self, dtype: Any) -> Problem:
+        """The same in another precision."""
+
+        def cast(t: Any) -> Any:
+            return t.to(dtype) if t.dtype.is_floating_point else t
+
+        given = {**self.given, "state": {n: cast(t) for n, t in self.given["state"].items()}}
+        given |= {name: tuple(cast(t) for t in given[name]) for name in ("train", "test")}
+        return Problem(given)
+
     def loader(self) -> Any:
         data = torch.utils.data.TensorDataset(*self.train)
         return torch.utils.data.DataLoader(data, batch_size=self.batch)
