@@ -164,22 +164,29 @@ def to_host(x: Array) -> np.ndarray:
 
 def from_host(a: Any, like: Array, dtype: Any = None) -> Array:
     """Place a host array beside `like`: its namespace, device and (by default) dtype."""
-    xp = namespace(like)
     dtype = like.dtype if dtype is None else dtype
     name = dtype_name(dtype)
+    if compat.is_torch_array(like):
+        a = np.asarray(a, dtype="float32" if name == "bfloat16" else name)
+        if not a.flags.writeable or any(step < 0 for step in a.strides):
+            a = a.copy()  # torch warns about read-only memory and refuses to go backwards
+        return sys.modules["torch"].from_numpy(a).to(like.device, dtype)
     if name != "bfloat16":
         a = np.asarray(a, dtype=np.dtype(name))  # convert first: the device may lack float64
-    elif compat.is_torch_array(like):
-        return xp.asarray(np.asarray(a, dtype=np.float32), device=device(like)).to(dtype)
-    if compat.is_torch_array(like) and not a.flags.writeable:
-        a = a.copy()  # torch warns about read-only memory
-    return xp.asarray(a, dtype=dtype, device=device(like))
+    return namespace(like).asarray(a, dtype=dtype, device=device(like))
 
 
 # ----------------------------------------------------------------------------- small arrays
 #
 # k × k algebra runs in float64: on the device where it has float64, else on the host after one
-# planned transfer; while tracing it stays on the device in the widest type there is.
+# planned transfer; while tracing it stays on the device in the widest type there is. For PyTorch
+# on the CPU the host is NumPy, in the memory of the tensor: dispatch there is several times as
+# fast, and k × k algebra is little else.
+
+
+def small_on_host(like: Array) -> bool:
+    """Whether the small algebra beside `like` runs in NumPy."""
+    return on_host(like) or not (is_tracing(like) or has_float64(like))
 
 
 def to_small(x: Array) -> Array:
@@ -187,6 +194,11 @@ def to_small(x: Array) -> Array:
     if is_numpy(x):
         return np.asarray(x, dtype=np.float64)
     xp = namespace(x)
+    if on_host(x):
+        try:
+            return x.double().numpy()
+        except RuntimeError:
+            pass  # recorded for gradients, or inside of torch.func: it stays a tensor
     if has_float64(x):
         return x if dtype_name(x.dtype) == "float64" else xp.astype(x, xp.float64)
     if is_tracing(x):
@@ -200,6 +212,16 @@ def lift(M: Array, like: Array) -> Array:
     if is_numpy(M) and not is_numpy(like):
         return from_host(M, like)
     return M if M.dtype == like.dtype else xp.astype(M, like.dtype)
+
+
+def together(x: Array, y: Array) -> tuple[Array, Array]:
+    """Two small arrays in one library: NumPy's goes to where the other one has to be.
+
+    They differ where one is recorded for gradients or traced, and the other is not.
+    """
+    if is_numpy(x) == is_numpy(y):
+        return x, y
+    return (from_host(x, y), y) if is_numpy(x) else (x, from_host(y, x))
 
 
 def cast(X: Array, like: Array) -> Array:
@@ -319,6 +341,11 @@ def solve_lower(L: Array, B: Array, *, transpose: bool = False) -> Array:
 
 def inv_lower(L: Array) -> Array:
     """Inverse of a small lower-triangular matrix."""
+    if is_numpy(L):  # several times as fast as SciPy's checks before a solve with the identity
+        from scipy.linalg import lapack
+
+        inverse, info = lapack.dtrtri(L, lower=1)  # pyright: ignore[reportAttributeAccessIssue]
+        return inverse if info == 0 else _nan_like(L)
     xp = namespace(L)
     return solve_lower(L, xp.eye(L.shape[0], dtype=L.dtype, device=device(L)))
 

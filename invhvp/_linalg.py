@@ -97,6 +97,12 @@ def scale_columns(X: Array, factors: Array) -> Array:
     return X * _backend.lift(factors, X)[None, :]
 
 
+def between(U: Array, values: Array, X: Array) -> Array:
+    """U diag(values) Uᵀ X for a tall U (n, r) and small values (r,), in the dtype of X."""
+    values, inside = _backend.together(values, gram(U, X))
+    return combine(U, values[:, None] * inside)
+
+
 def symmetric(M: Array) -> Array:
     """The symmetric part of a small square matrix."""
     return (M + _backend.namespace(M).matrix_transpose(M)) / 2

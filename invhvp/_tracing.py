@@ -125,6 +125,11 @@ def wants_gradient(x: Any) -> bool:
     return compat.is_torch_array(x) and x.requires_grad
 
 
+def unrecorded(Y: Array, X: Array) -> Array:
+    """A product Y of X without what PyTorch has recorded for it, unless X is recorded itself."""
+    return Y.detach() if wants_gradient(Y) and not wants_gradient(X) else Y
+
+
 def without_record(X: Array) -> AbstractContextManager[Any]:
     """A context in which PyTorch notes nothing down; nothing for other libraries."""
     return sys.modules["torch"].no_grad() if compat.is_torch_array(X) else nullcontext()

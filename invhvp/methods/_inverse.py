@@ -176,7 +176,7 @@ class Products:
         """One call of the operator, counted whether or not it succeeds."""
         self.columns += V.shape[1]
         self.passes += 1
-        return self.operator._matmat(V)
+        return _tracing.unrecorded(self.operator._matmat(V), V)  # of a closure, in a subclass
 
     def _product(self, V: Array) -> Array:
         if self._halve and V.shape[1] > 1:

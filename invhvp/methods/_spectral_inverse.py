@@ -46,8 +46,7 @@ class SpectralMap(LinearOperator):
         self._middle = small_values(middle, vectors)
 
     def _matmat(self, X: Array, /) -> Array:
-        inside = self._middle[:, None] * _linalg.gram(self.vectors, X)
-        inside = _linalg.combine(self.vectors, inside)
+        inside = _linalg.between(self.vectors, self._middle, X)
         return inside + self._outside * X if self._outside else inside
 
     def power(self, exponent: float) -> SpectralMap:
@@ -123,7 +122,7 @@ class SpectralInverse(MapInverse):
 
 def small_values(values: np.ndarray, like: Array) -> Array:
     """Host numbers where the small algebra beside `like` runs."""
-    if _backend.is_tracing(like) or not _backend.has_float64(like):
+    if _backend.is_tracing(like) or _backend.small_on_host(like):
         return values
     return _backend.from_host(values, like, dtype=_backend.namespace(like).float64)
 

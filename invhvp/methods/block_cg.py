@@ -197,17 +197,17 @@ class _DubrulleR(Kernel):
 
         The gap is in units of the operator: |xᵀAy − yᵀAx| / (‖x‖‖y‖).
         """
+        if s.zeta is not None and s.first is None:
+            return s.asymmetry
         xp = _backend.namespace(raw)
         right = _lengths(P, self.reduce)
-        if s.zeta is None:
+        if s.first is None:
             left, gap = right, raw - xp.matrix_transpose(raw)
-        elif s.first is not None:
+        else:
             P0, Q0 = s.first
             left = _lengths(P0, self.reduce)
             forward = _linalg.gram(P0, Q, reduce=self.reduce)
             gap = forward - xp.matrix_transpose(_linalg.gram(P, Q0, reduce=self.reduce))
-        else:
-            return s.asymmetry
         return xp.maximum(s.asymmetry, xp.max(xp.abs(gap) / (left[:, None] * right[None, :])))
 
     def look(self, s: _State) -> Look:

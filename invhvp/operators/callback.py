@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from .. import _tracing
 from ..layout import Layout
 from ..protocols import Array
 from .base import LinearOperator, check_kind
@@ -19,7 +20,8 @@ class Callback(LinearOperator):
         psd: pass True only if the matrix is positive semidefinite by construction.
         layout: names of the parameter blocks.
         differentiable: whether PyTorch can differentiate the product in something that matmat
-            closes over, so that solutions have gradients in it. JAX needs no such word.
+            closes over, so that solutions have gradients in it; else none are recorded in products
+            with columns that have no gradient of their own. JAX needs no such word.
 
     Raises ValueError at a product of another shape, TypeError at one of another library, dtype or
     device.
@@ -53,4 +55,5 @@ class Callback(LinearOperator):
                 f"got {tuple(Y.shape)}"
             )
             raise ValueError(msg)
-        return Y
+        # Small arrays are NumPy's where nothing is recorded: an accidental graph must not mix in.
+        return Y if self.differentiable else _tracing.unrecorded(Y, X)

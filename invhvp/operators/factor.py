@@ -66,9 +66,11 @@ class SymmetricFactor:
     def solve(self, B: Array) -> Array:
         """M⁻¹B for a two-dimensional B in the precision of M."""
         if self._eigen is None:
-            half = _backend.solve_lower(self._L, B)
-            return _backend.solve_lower(self._L, half, transpose=True)
+            L, B = _backend.together(self._L, B)
+            return _backend.solve_lower(L, _backend.solve_lower(L, B), transpose=True)
         w, V = self._eigen
+        V, B = _backend.together(V, B)
+        w, B = _backend.together(w, B)
         xp = _backend.namespace(V)
         return V @ ((xp.matrix_transpose(V) @ B) / w[:, None])
 

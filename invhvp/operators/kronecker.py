@@ -102,6 +102,7 @@ class Kronecker(LinearOperator):
         """The same matrix by its eigenvectors."""
         with _backend.quiet():
             (s, U), (a, V) = eigenbases({"S": self.S, "A": self.A}).values()
+        s, a = _backend.together(s, a)
         values = self.scale * (s[:, None] * a[None, :])
         return EigenKronecker(
             _backend.lift(U, self.S),

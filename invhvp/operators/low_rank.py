@@ -57,11 +57,7 @@ class LowRank(LinearOperator):
         return self.vectors.shape[1]
 
     def _matmat(self, X: Array, /) -> Array:
-        return self._between(X, self._s)
-
-    def _between(self, X: Array, s: Array) -> Array:
-        """U diag(s) Uᵀ X."""
-        return _linalg.combine(self.vectors, s[:, None] * _linalg.gram(self.vectors, X))
+        return _linalg.between(self.vectors, self._s, X)
 
     def diagonal(self) -> Array:
         """The diagonal (n,)."""
@@ -113,7 +109,7 @@ class LowRankInverse(LinearOperator):
         super().__init__(A.shape[0], like=A.like, psd=self.definite, layout=A.layout)
 
     def _matmat(self, X: Array, /) -> Array:
-        correction = self._A._between(X, self._middle)
+        correction = _linalg.between(self._A.vectors, self._middle, X)
         return correction if self._full else X / self._shift + correction
 
     def power(self, exponent: float, /) -> LinearOperator:
@@ -149,7 +145,8 @@ class WoodburyInverse(LinearOperator):
         DU = A.vectors / d[:, None]
         L = _backend.cholesky(_linalg.symmetric(_linalg.gram(A.vectors, DU)))
         xp = _backend.namespace(L)
-        k, V = _backend.eigh(xp.matrix_transpose(L) @ (A._s[:, None] * L))
+        s, L = _backend.together(A._s, L)
+        k, V = _backend.eigh(xp.matrix_transpose(L) @ (s[:, None] * L))
         self.definite = A.psd
         if not _backend.is_tracing(k):
             pivots = 1.0 + _backend.to_host(k)
@@ -164,8 +161,7 @@ class WoodburyInverse(LinearOperator):
         self._middle = (k / (1.0 + k))[:, None]
 
     def _matmat(self, X: Array, /) -> Array:
-        inner = self._middle * _linalg.gram(self._F, X)
-        return X / self._d - _linalg.combine(self._F, inner)
+        return X / self._d - _linalg.between(self._F, self._middle[:, 0], X)
 
 
 def _orthonormal(U: Array, s: Array) -> tuple[Array, Array]:
@@ -177,5 +173,7 @@ def _orthonormal(U: Array, s: Array) -> tuple[Array, Array]:
     if off < 100 * _backend.eps(U.dtype):
         return U, s
     W, T = _linalg.cholqr(U)
+    T, s = _backend.together(T, s)
+    xp = _backend.namespace(T)
     w, V = _backend.eigh((T * s[None, :]) @ xp.matrix_transpose(T))
     return _linalg.combine(W, V), w

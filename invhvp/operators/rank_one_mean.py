@@ -218,7 +218,8 @@ class GradientForm(LinearOperator):
 
     def _matmat(self, X: Array, /) -> Array:
         G = self._gradients
-        return self._alpha * X + G.T @ _backend.lift(self._C @ _backend.to_small(G @ X), X)
+        C, inside = _backend.together(self._C, _backend.to_small(G @ X))
+        return self._alpha * X + G.T @ _backend.lift(C @ inside, X)
 
 
 def _power_less_one(x: Array, exponent: float) -> Array:

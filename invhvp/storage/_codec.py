@@ -208,7 +208,7 @@ class Decoder:
 
 
 def _placed(host: np.ndarray, place: str, dtype: str | None, like: Array) -> Any:
-    if place == "host" or (place == "small" and not _backend.has_float64(like)):
+    if place == "host" or (place == "small" and _backend.small_on_host(like)):
         return host
     name = dtype or host.dtype.name
     if name == "float64" and not _backend.has_float64(like):
