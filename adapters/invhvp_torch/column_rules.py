@@ -54,15 +54,30 @@ def one_by_one(function: Any) -> Rule:
 def _elementwise(function: Callable[..., torch.Tensor]) -> Rule:
     def rule(scratch: Scratch, a: Any, b: Any, **kwargs: Any) -> Columns:
         x, y, axis = _aligned(a, b)
-        shape = x.shape
-        if isinstance(y, torch.Tensor) and y.shape != shape:
-            shape = torch.broadcast_shapes(shape, y.shape)
-        elif not isinstance(y, torch.Tensor):
+        if not isinstance(y, torch.Tensor):
             y = torch.scalar_tensor(y, dtype=x.dtype, device=x.device)
-        out = scratch.empty(shape, x)
-        return Columns(function(x, y, **kwargs, out=out), axis)
+        return Columns(function(x, y, **kwargs, out=_result(scratch, x, y)), axis)
 
     return rule
+
+
+def _result(scratch: Scratch, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Where x and y go: over one of them, where it is read for the last time."""
+    shape = x.shape if y.ndim == 0 or y.shape == x.shape else _broadcast(x.shape, y.shape)
+    elsewhere = x.untyped_storage().data_ptr() != y.untyped_storage().data_ptr()
+    for operand in (x, y):
+        if elsewhere and operand.shape == shape:
+            out = scratch.over(operand)
+            if out is not None:
+                return out
+    return scratch.empty(shape, x)
+
+
+def _broadcast(a: torch.Size, b: torch.Size) -> torch.Size:
+    """As `torch.broadcast_shapes`, which takes longer than many a sum."""
+    a, b = (a, b) if len(a) >= len(b) else (b, a)
+    behind = len(a) - len(b)
+    return a[:behind] + torch.Size(n if m == 1 else m for m, n in zip(a[behind:], b, strict=True))
 
 
 def _aligned(a: Any, b: Any) -> tuple[torch.Tensor, Any, int]:

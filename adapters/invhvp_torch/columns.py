@@ -51,6 +51,7 @@ class Scratch:
     def __init__(self) -> None:
         self._free: dict[int, list[torch.Tensor]] = {}
         self._taken: list[torch.Tensor] = []
+        self._dying: list[torch.Tensor] = []
 
     def empty(self, shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
         """An uninitialised tensor, valid until its buffer is given back."""
@@ -62,9 +63,25 @@ class Scratch:
         self._taken.append(buffer)
         return buffer.view(shape)
 
+    def offer(self, buffers: list[torch.Tensor]) -> None:
+        """Buffers whose values nobody reads after the next operation: it may write over them."""
+        self._dying = buffers
+
+    def over(self, x: torch.Tensor) -> torch.Tensor | None:
+        """Give x itself back, where it is the whole of a buffer that was offered; else None."""
+        for i, buffer in enumerate(self._dying):
+            if buffer.data_ptr() == x.data_ptr() and buffer.numel() == x.numel():
+                if 0 in x.stride():  # expanded: some numbers stand for several
+                    return None
+                self._taken.append(self._dying.pop(i))
+                return x
+        return None
+
     def taken(self) -> list[torch.Tensor]:
-        """The buffers since the last call."""
+        """The buffers since the last call; what was offered and not taken is free again."""
         found, self._taken = self._taken, []
+        self.give_back(self._dying)
+        self._dying = []
         return found
 
     def give_back(self, buffers: Sequence[torch.Tensor]) -> None:

@@ -65,13 +65,13 @@ class Replay:
             values[slot] = value
         held: dict[int, list[torch.Tensor]] = {}
         for step in self._steps:
+            scratch.offer([buffer for slot in step.over for buffer in held.pop(slot, ())])
             values[step.out] = step.rule(
                 scratch, *_filled(step.args, values), **_filled(step.kwargs, values)
             )
             held[step.out] = scratch.taken()
             for slot in step.over:
                 values[slot] = None
-                scratch.give_back(held.pop(slot, ()))
         for slot, total in zip(self._outputs, totals, strict=True):
             total += values[slot].at(0)
         for buffers in held.values():
