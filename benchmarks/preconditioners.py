@@ -79,6 +79,10 @@ CONTENDERS = (
         "Gauss–Newton", _fitted("gauss_newton"),
         lambda K: ih.Surrogate(K, ih.SampleSpace()), ("Hessian",),
     ),
+    Contender(
+        "Gauss–Newton, 256 pivots", _fitted("gauss_newton"),
+        lambda K: ih.Surrogate(K, ih.PivotedCholesky(rank=256)),
+    ),
 )  # fmt: skip
 
 

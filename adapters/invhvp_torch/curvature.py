@@ -63,9 +63,9 @@ def hessian(
             sum of the sample weights. Not with reduction="mean".
         cache: keep the data on the device: True, False, or where a quarter of free memory
             holds them.
-        keep_graph: keep every batch's gradient graph between products (of small batches the
-            operations recorded from it, which are fewer): True, False, or as many as half of
-            free memory holds. The values are the same.
+        keep_graph: keep what a product with every batch needs (the operations that depend on the
+            vectors, recorded from its gradient's graph, or the graph itself): True, False, or
+            for as many batches as half of free memory holds. The values are the same.
         batch_size: samples at once where the data are one tuple of tensors.
         rng: the seed of what is random in training mode.
         distributed: for data that are shared out over processes: True for the default process
@@ -82,7 +82,8 @@ def hessian(
 
     Cost: a column of a product costs about two gradients of the loss with a kept graph; without
     one, a gradient more for all columns together. Building it costs two or three passes, and a
-    first product that records three columns more. Batches of a loader that are too small to
+    first product that records five columns more; recorded columns go through together, and
+    their intermediate results take some 20 MB that are kept. Batches of a loader that are too small to
     keep a processor busy go through several at once.
 
     Example:
