@@ -217,7 +217,7 @@ def lift(M: Array, like: Array) -> Array:
 def together(x: Array, y: Array) -> tuple[Array, Array]:
     """Two small arrays in one library: NumPy's goes to where the other one has to be.
 
-    They differ where one is recorded for gradients or traced, and the other is not.
+    They differ where one is recorded for gradients, traced or kept beside the data.
     """
     if is_numpy(x) == is_numpy(y):
         return x, y

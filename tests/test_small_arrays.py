@@ -87,6 +87,15 @@ def test_derivatives_in_what_a_map_is_made_of():
     torch.testing.assert_close(found, -solved @ solved.T)
 
 
+def test_sums_that_others_save_are_tensors():
+    sums = ih.estimate.BlockAccumulator({"bias": 8}, like=G)
+    for _ in range(2):
+        sums.add("bias", ih.DenseGradients(G))
+    sums.count(6)
+    assert isinstance(sums.state()["bias/matrix"], torch.Tensor)
+    torch.testing.assert_close(sums.operators()["bias"].to_dense(), G.T @ G / 3)
+
+
 class Hidden(ih.LinearOperator):
     def __init__(self, matmat):
         super().__init__(8, like=M, psd=True)

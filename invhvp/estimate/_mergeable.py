@@ -40,8 +40,16 @@ class Sums:
     def add_sums(self, name: str, **sums: Array) -> None:
         """Add small arrays that were summed elsewhere."""
         for key, value in sums.items():
+            value = self._placed(value)
             mine = self._sums.get(f"{name}/{key}")
             self._sums[f"{name}/{key}"] = value if mine is None else mine + value
+
+    def _placed(self, value: Array) -> Array:
+        """A sum beside `like` where that has float64: others save it, and add it up."""
+        like = self._like
+        if _backend.is_numpy(value) and not _backend.is_numpy(like) and _backend.has_float64(like):
+            return _backend.from_host(value, like, dtype=_backend.namespace(like).float64)
+        return value
 
     def count(self, total: float) -> None:
         """Add to what the sums are divided by: the samples, or their weights."""

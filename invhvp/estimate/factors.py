@@ -97,6 +97,7 @@ class FactorAccumulator(Sums):
             if A.ndim == 1:
                 ((s, U),) = eigenbases({f"S of layer {name!r}": S}, unit=self._unit).values()
                 U = _lifted(U, self._like)
+                s, A = _backend.together(s, A)
                 found[name] = _eigen_kronecker((U, None), s[:, None] * A[None, :], self._like)
             else:
                 factors = (_lifted(M, self._like) for M in (S, A))
