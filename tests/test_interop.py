@@ -135,7 +135,7 @@ def test_a_cupyx_matrix_is_told_by_its_module(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize("name", ["callback", "block-diagonal-permuted", "rank-one-mean-wide"])
 def test_as_scipy(name: str, backend: Backend):
     A, exact = OPERATORS[name](backend)
-    if backend.xp.__name__.endswith("numpy"):
+    if isinstance(A.like, np.ndarray):
         out = ih.as_scipy(A)
     else:
         with pytest.raises(TypeError, match="transfer=True"):

@@ -252,10 +252,10 @@ def pack_solution(
 
 
 def column_look(*arrays: Array) -> list[np.ndarray]:
-    """Small per-column arrays on the host, in one transfer."""
+    """Small per-column arrays on the host, in one transfer: copies, for JAX's are read-only."""
     xp = _backend.namespace(*arrays)
     stacked = _backend.to_host(xp.stack(list(arrays)))
-    return [np.asarray(row, dtype=np.float64) for row in stacked]
+    return [np.array(row, dtype=np.float64) for row in stacked]
 
 
 def true_residual(products: Products, B: Array, X: Array) -> tuple[Array, Array]:
