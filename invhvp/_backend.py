@@ -15,6 +15,7 @@ from typing import Any
 import array_api_compat as compat
 import numpy as np
 
+from ._blas import multiply
 from .protocols import Array
 
 device = compat.device
@@ -245,7 +246,7 @@ def matmul(a: Array, b: Array) -> Array:
                     return a @ b
                 finally:
                     flags.allow_tf32 = True
-        return a @ b
+        return multiply(a, b) if a.device.type == "cpu" else a @ b
     if compat.is_jax_array(a):
         return namespace(a).matmul(a, b, precision="highest")
     return a @ b

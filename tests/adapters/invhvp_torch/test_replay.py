@@ -10,7 +10,6 @@ import torch.nn.functional as F  # noqa: E402
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
-from invhvp_torch import blas  # noqa: E402
 from invhvp_torch.columns import Columns, Scratch  # noqa: E402
 from invhvp_torch.tape import Tape  # noqa: E402
 
@@ -76,15 +75,6 @@ def test_several_vectors_are_as_one(name):
         found = torch.full_like(wanted, 2.0)
         tape.add([V], [found], scratch)
         torch.testing.assert_close(found - 2.0, wanted, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("numpy", [True, False])
-def test_both_blas_multiply(numpy, monkeypatch):
-    monkeypatch.setattr(blas, "_numpy_is_faster", lambda: numpy)
-    for a, b in ((X, W.t()), (X.t(), _rand(5, 6).t()), (_rand(6, 8)[:, ::2], X.t())):
-        out = torch.empty(a.shape[0], b.shape[1], dtype=a.dtype)
-        assert blas.multiply(a, b, out) is out
-        torch.testing.assert_close(out, a @ b, rtol=1e-13, atol=1e-13)
 
 
 @given(
