@@ -20,7 +20,7 @@ from invhvp_demo import files
 
 SCHEMA = "invhvp-benchmarks/1"
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("invhvp", "numpy", "scipy", "scikit-learn", "array-api-compat")
+PACKAGES = ("invhvp", "numpy", "scipy", "torch", "jax", "lineax", "array-api-compat")
 
 
 def document(kind: str, rows: list[dict[str, Any]], settings: dict[str, Any]) -> dict[str, Any]:
@@ -66,11 +66,22 @@ def machine() -> dict[str, Any]:
     return {
         "system": platform.system(),
         "architecture": platform.machine(),
+        "processor": processor(),
         "processors": os.cpu_count(),
         "python": platform.python_version(),
         "blas": f"{blas['name']} {blas['version']}",
         "threads": threads,
     }
+
+
+def processor() -> str:
+    """What the system calls the processor; nothing where it does not say."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
 
 
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
@@ -95,7 +106,8 @@ def circumstances(content: dict[str, Any]) -> str:
     plain = {k: v for k, v in content["settings"].items() if isinstance(v, (int, float))}
     settings = ", ".join(f"{k.replace('_', ' ')} {v:g}" for k, v in plain.items() if k != "quick")
     return (
-        f"{content['date']}, {m['system']} {m['architecture']}, {m['processors']} processors, "
+        f"{content['date']}, {m['system']} {m['architecture']}, {m['processors']} processors "
+        f"({m.get('processor') or 'unnamed'}), "
         f"{threads}, Python {m['python']}, {m['blas']}, {libraries}. Settings: {settings}. "
         "Times are of a shared machine: trust ratios within a row, not seconds."
     )

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from .. import report
+from .environments import PEERS
 
 
 def markdown(found: list[dict[str, Any]]) -> str:
     """A table for each case, fastest to a true residual of 1e-3 first."""
-    parts = [_LEGEND]
+    pinned = [item for peer in PEERS for item in peer.requires or () if "==" in item]
+    parts = [f"{_LEGEND} The others are {', '.join(pinned)}, with the PyTorch named below."]
     for (case, matrix, damping), group in report.grouped(found, "case", "matrix", "damping"):
         parts.append(f"## {TITLES[matrix]}: {case}, λ = {damping:.0e}")
         parts.append(report.table(_HEAD, [_line(row) for row in sorted(group, key=_order)]))
