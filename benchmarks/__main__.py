@@ -15,6 +15,7 @@ from . import (
     floor,
     forms,
     gauss_newton,
+    gpu_check,
     growth,
     hessian_products,
     methods,
@@ -42,8 +43,12 @@ SUITES = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Measure, print Markdown, write it and JSON."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["gpu"]:  # checks answers too, and has options of its own
+        return gpu_check.main(arguments[1:])
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parsers = parser.add_subparsers(dest="suite", required=True, metavar="SUITE")
+    parsers.add_parser("gpu", help="answers and times on a GPU; see benchmarks.gpu_check")
     for name, suite in SUITES.items():
         _options(parsers.add_parser(name, help=(suite.__doc__ or "").splitlines()[0]), suite)
     options = parser.parse_args(arguments)

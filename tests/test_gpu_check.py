@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import invhvp as ih
+import benchmarks.__main__
 from benchmarks import gpu_check, gpu_libraries, gpu_measures, report
 
 
@@ -156,6 +157,7 @@ def test_without_a_device_it_says_so(
     monkeypatch.setitem(sys.modules, "cupy", None)
     monkeypatch.setitem(sys.modules, "torch", fake(available=False))
     assert gpu_check.main(["--quick"]) == 2
+    assert benchmarks.__main__.main(["gpu", "--quick"]) == 2  # the same by the suites' door
     said = capsys.readouterr().err
     assert "cupy: not installed" in said
     assert "torch: sees no CUDA device" in said
