@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-import invhvp as ih
 import benchmarks.__main__
+import invhvp as ih
 from benchmarks import gpu_check, gpu_libraries, gpu_measures, report
 
 
