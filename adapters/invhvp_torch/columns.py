@@ -40,6 +40,9 @@ class Columns(NamedTuple):
         return dim + (dim >= self.axis)
 
 
+_MOST_BYTES = 128_000_000  # that lie idle: what is larger is worth the system's pages
+
+
 class Scratch:
     """Buffers that go from one intermediate result to the next.
 
@@ -49,7 +52,8 @@ class Scratch:
     """
 
     def __init__(self) -> None:
-        self._free: dict[int, list[torch.Tensor]] = {}
+        self._free: dict[tuple[int, torch.dtype], list[torch.Tensor]] = {}
+        self._idle = 0  # bytes of what is free
         self._taken: list[torch.Tensor] = []
         self._dying: list[torch.Tensor] = []
 
@@ -58,8 +62,12 @@ class Scratch:
         if like.device.type != "cpu":
             return like.new_empty(shape)
         size = math.prod(shape)
-        there = self._free.get(size)
-        buffer = there.pop() if there else like.new_empty(size)
+        there = self._free.get((size, like.dtype))
+        if there:
+            buffer = there.pop()
+            self._idle -= buffer.nbytes
+        else:
+            buffer = like.new_empty(size)
         self._taken.append(buffer)
         return buffer.view(shape)
 
@@ -87,4 +95,6 @@ class Scratch:
     def give_back(self, buffers: Sequence[torch.Tensor]) -> None:
         """Let others use the buffers."""
         for buffer in buffers:
-            self._free.setdefault(buffer.numel(), []).append(buffer)
+            if self._idle + buffer.nbytes <= _MOST_BYTES:
+                self._idle += buffer.nbytes
+                self._free.setdefault((buffer.numel(), buffer.dtype), []).append(buffer)

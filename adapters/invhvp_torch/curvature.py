@@ -83,7 +83,7 @@ def hessian(
     Cost: a column of a product costs about two gradients of the loss with a kept graph; without
     one, a gradient more for all columns together. Building it costs two or three passes, and a
     first product that records five columns more; recorded columns go through together, and
-    their intermediate results take some 20 MB that are kept. Batches of a loader that are too
+    up to 128 MB of what they compute on the way stay allocated. Batches of a loader that are too
     small to keep a processor busy go through several at once.
 
     Example:

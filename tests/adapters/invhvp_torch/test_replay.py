@@ -10,6 +10,7 @@ import torch.nn.functional as F  # noqa: E402
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
+from invhvp_torch import columns  # noqa: E402
 from invhvp_torch.columns import Columns, Scratch  # noqa: E402
 from invhvp_torch.tape import Tape  # noqa: E402
 
@@ -75,6 +76,27 @@ def test_several_vectors_are_as_one(name):
         found = torch.full_like(wanted, 2.0)
         tape.add([V], [found], scratch)
         torch.testing.assert_close(found - 2.0, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_buffers_are_used_again_up_to_a_limit(monkeypatch):
+    monkeypatch.setattr(columns, "_MOST_BYTES", 100)
+    scratch, like = Scratch(), torch.empty(0, dtype=torch.float64)
+    small, large = scratch.empty((3, 2), like), scratch.empty((13,), like)
+    scratch.give_back(scratch.taken())
+    assert scratch.empty((6,), like).data_ptr() == small.data_ptr()
+    assert [b.numel() for b in scratch.taken()] == [6]
+    assert large.data_ptr() not in {b.data_ptr() for bs in scratch._free.values() for b in bs}
+    # An offered buffer is written over where it is whole, and else free again.
+    x = scratch.empty((4,), like)
+    (buffer,) = scratch.taken()
+    scratch.offer([buffer])
+    assert scratch.over(x[:2]) is None
+    assert scratch.over(x.expand(2, 4)) is None
+    assert scratch.over(x) is x
+    assert scratch.taken() == [buffer]
+    scratch.offer([buffer])
+    assert scratch.taken() == []
+    assert scratch.empty((2, 2), like).data_ptr() == x.data_ptr()
 
 
 @given(
