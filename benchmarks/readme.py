@@ -10,41 +10,41 @@ from pathlib import Path
 from typing import Any
 
 from . import plots, report
-from .peers.tables import GOALS, TITLES, fastest
+from .peers.tables import GOALS, TITLES, Fastest, fastest, name
 
 README = Path(__file__).parents[1] / "README.md"
 SECTION = re.compile(r"(<!-- peers -->\n).*?(<!-- /peers -->)", re.DOTALL)
 
 
 def table(content: dict[str, Any]) -> str:
-    """A line for each problem: ours, the fastest peer, and the ratio of seconds."""
+    """A line for each problem: ours, the fastest other library, and the ratio of seconds."""
     lines = []
     for (case, matrix, damping), group in report.grouped(
         content["rows"], "case", "matrix", "damping"
     ):
         line = [f"{TITLES[matrix]}, {case}, λ = {damping:.0e}"]
         for goal in GOALS:
-            own, other = fastest(group, goal)
-            line += _cells(own, other)
+            line += _cells(fastest(group, goal))
         lines.append(line)
     head = ["problem"]
     for goal in GOALS:
-        head += [f"to {goal:.0e}: `invhvp`", "fastest peer", "ratio"]
+        head += [f"to {goal:.0e}: `invhvp`", "fastest other library", "ratio"]
     return report.table(head, lines)
 
 
-def _cells(own: dict[str, Any] | None, other: dict[str, Any] | None) -> list[str]:
+def _cells(found: Fastest) -> list[str]:
+    own, other, borrower = found
     mine = "–" if own is None else f"{own['seconds']:.2g} s, {own['method']}"
-    theirs = "none" if other is None else f"{other['seconds']:.2g} s, {_name(other)}"
-    ratio = "–"
-    if own is not None and other is not None:
-        ratio = f"{other['seconds'] / own['seconds']:.2g}"
-        ratio = f"**{ratio} ×**" if other["seconds"] > own["seconds"] else f"{ratio} ×"
+    theirs = "none" if other is None else f"{other['seconds']:.2g} s, {name(other)}"
+    ratio = "–" if own is None or other is None else _ratio(other, own)
+    if own is not None and borrower is not None:
+        ratio += f" ({borrower['seconds'] / own['seconds']:.2g})"
     return [re.sub(r" to 1e-\d", "", text) for text in (mine, theirs)] + [ratio]
 
 
-def _name(row: dict[str, Any]) -> str:
-    return row["method"] if row["library"] == "invhvp" else f"{row['library']} {row['method']}"
+def _ratio(other: dict[str, Any], own: dict[str, Any]) -> str:
+    ratio = f"{other['seconds'] / own['seconds']:.2g} ×"
+    return f"**{ratio}**" if other["seconds"] > own["seconds"] else ratio
 
 
 def written(text: str, content: dict[str, Any]) -> str:

@@ -55,11 +55,16 @@ def test_the_fastest_is_of_those_that_are_right() -> None:
     def row(library: str, seconds: float, residual: float) -> dict[str, object]:
         return {"library": library, "method": "m", "seconds": seconds, "residual": residual}
 
-    group = [row("invhvp", 2.0, 1e-4), row("pyDVL", 1.0, 0.5), row("dattri", 3.0, 1e-4)]
-    own, other = tables.fastest(group, 1e-3)
-    assert own is group[0]
-    assert other is group[2]
-    assert tables.fastest(group, 1e-6) == (None, None)
+    group = [
+        row("invhvp", 2.0, 1e-4), row("pyDVL", 1.0, 0.5), row("dattri", 3.0, 1e-4),
+        row("lineax", 1.5, 1e-4), row("invhvp", 2.5, 1e-4),
+    ]  # fmt: skip
+    assert tables.fastest(group, 1e-3) == (group[0], group[2], group[3])
+    assert tables.fastest(group, 1e-6) == (None, None, None)
+    group[-1]["method"] = "SciPy CG"  # on our operator: not ours, and not another library's
+    assert tables.fastest(group[1:3] + group[4:], 1e-3) == (None, group[2], group[4])
+    assert "other libraries, dattri m, 3 s: 1.5 ×" in tables.best(group)
+    assert "borrows our operator, lineax m, 1.5 s: 0.75 ×" in tables.best(group)
 
 
 def test_what_fails_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
