@@ -15,7 +15,7 @@ from typing import Any
 import array_api_compat as compat
 import numpy as np
 
-from ._blas import multiply
+from ._blas import has_tangent, multiply
 from .protocols import Array
 
 device = compat.device
@@ -195,7 +195,7 @@ def to_small(x: Array) -> Array:
     if is_numpy(x):
         return np.asarray(x, dtype=np.float64)
     xp = namespace(x)
-    if on_host(x):
+    if on_host(x) and not has_tangent(x):
         try:
             return x.double().numpy()
         except RuntimeError:
@@ -342,6 +342,8 @@ def solve_lower(L: Array, B: Array, *, transpose: bool = False) -> Array:
 
 def inv_lower(L: Array) -> Array:
     """Inverse of a small lower-triangular matrix."""
+    if not L.shape[0]:
+        return L
     if is_numpy(L):  # several times as fast as SciPy's checks before a solve with the identity
         from scipy.linalg import lapack
 

@@ -23,17 +23,30 @@ def multiply(a: Any, b: Any, out: Any = None) -> Any:
     Nothing is recorded for a gradient where `out` is given.
     """
     torch = sys.modules["torch"]
-    if a.ndim == b.ndim == 2 and torch.get_num_threads() == 1 and _numpy_is_faster():
+    if torch.get_num_threads() == 1 and _numpy_is_faster() and _alike(a, b, torch):
         try:
             left, right = a.numpy(), b.numpy()
-        except (RuntimeError, TypeError):  # a gradient or a transform follows it, or half precision
+        except RuntimeError:  # recorded for gradients, or inside of torch.func
             pass
         else:
-            if out is None:
-                return torch.from_numpy(left @ right)
-            np.matmul(left, right, out=out.numpy())
-            return out
+            with np.errstate(all="ignore"):  # as torch does
+                if out is None:
+                    return torch.from_numpy(left @ right)
+                np.matmul(left, right, out=out.numpy())
+                return out
     return a @ b if out is None else torch.mm(a, b, out=out)
+
+
+def _alike(a: Any, b: Any, torch: Any) -> bool:
+    """Whether both are matrices of one dtype that BLAS has, without tangents, and fit."""
+    known = a.dtype == b.dtype and a.dtype in (torch.float32, torch.float64)
+    fits = a.ndim == b.ndim == 2 and a.shape[1] == b.shape[0]
+    return known and fits and not (has_tangent(a) or has_tangent(b))
+
+
+def has_tangent(x: Any) -> bool:
+    """Whether a tensor carries a tangent of forward-mode differentiation, which NumPy drops."""
+    return sys.modules["torch"].autograd.forward_ad.unpack_dual(x).tangent is not None
 
 
 @cache

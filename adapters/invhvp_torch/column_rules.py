@@ -18,6 +18,7 @@ from invhvp._blas import multiply
 
 from .column_convolutions import convolution, convolution_backward, on_images
 from .columns import Columns, Scratch
+from .evaluation import quiet_vmap
 
 aten = torch.ops.aten
 
@@ -32,19 +33,26 @@ def one_by_one(function: Any) -> Rule:
     def rule(_: Scratch, *args: Any, **kwargs: Any) -> Any:
         given, shape = tree_flatten((args, kwargs), is_leaf=lambda a: isinstance(a, Columns))
         places = [i for i, a in enumerate(given) if isinstance(a, Columns)]
+        missing: list[bool] = []  # of several results, those that are None: vmap wants tensors
 
         def call(*tensors: torch.Tensor) -> Any:
             filled = list(given)
             for i, t in zip(places, tensors, strict=True):
                 filled[i] = t
             args, kwargs = tree_unflatten(filled, shape)
-            return function(*args, **kwargs)
+            found = function(*args, **kwargs)
+            if isinstance(found, torch.Tensor):
+                return found
+            missing[:] = [t is None for t in found]
+            return tuple(t for t in found if t is not None)
 
         axes = tuple(given[i].axis for i in places)
-        found = torch.vmap(call, in_dims=axes)(*(given[i].tensor for i in places))
+        with quiet_vmap():
+            found = torch.vmap(call, in_dims=axes)(*(given[i].tensor for i in places))
         if isinstance(found, torch.Tensor):
             return Columns(found, 0)
-        return tuple(None if t is None else Columns(t, 0) for t in found)
+        there = iter(found)
+        return tuple(None if gone else Columns(next(there), 0) for gone in missing)
 
     return rule
 
@@ -121,6 +129,8 @@ def _copied(scratch: Scratch, x: Columns, **_: Any) -> Columns:
 
 
 def _sum(_: Scratch, x: Columns, dims: Sequence[int], keepdim: bool = False, **__: Any) -> Columns:
+    if not x.shape:
+        return x
     places = [x.position(d) for d in dims] or [i for i in range(x.tensor.ndim) if i != x.axis]
     before = 0 if keepdim else sum(p < x.axis for p in places)
     return Columns(x.tensor.sum(places, keepdim), x.axis - before)

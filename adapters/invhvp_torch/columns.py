@@ -95,6 +95,11 @@ class Scratch:
     def give_back(self, buffers: Sequence[torch.Tensor]) -> None:
         """Let others use the buffers."""
         for buffer in buffers:
-            if self._idle + buffer.nbytes <= _MOST_BYTES:
-                self._idle += buffer.nbytes
-                self._free.setdefault((buffer.numel(), buffer.dtype), []).append(buffer)
+            if buffer.nbytes > _MOST_BYTES:
+                continue
+            while self._idle + buffer.nbytes > _MOST_BYTES:  # what nobody has asked for in long
+                oldest = next(iter(self._free))
+                self._idle -= sum(b.nbytes for b in self._free.pop(oldest))
+            self._idle += buffer.nbytes
+            key = (buffer.numel(), buffer.dtype)
+            self._free[key] = [*self._free.pop(key, ()), buffer]

@@ -73,7 +73,8 @@ class Replay:
             for slot in step.over:
                 values[slot] = None
         for slot, total in zip(self._outputs, totals, strict=True):
-            total += values[slot].at(0)
+            value = values[slot]  # a constant where it depends on no vector
+            total += value.at(0) if isinstance(value, Columns) else value
         for buffers in held.values():
             scratch.give_back(buffers)
 

@@ -16,6 +16,8 @@ from ..protocols import Array, Damping
 from ..solution import SingularError
 from ._fixed_map import MapInverse
 
+_ROUNDINGS = 3.0
+
 
 @dataclass(frozen=True, kw_only=True)
 class PivotedCholesky:
@@ -25,8 +27,9 @@ class PivotedCholesky:
     Gram matrix, so that neither A nor its rows are ever multiplied with a long vector: where a
     network's curvature has many rows and few that matter, this is `SampleSpace` at a fraction of
     its cost. With δ = tr(K − FFᵀ)/c for what the rows leave of the Gram matrix, the condition
-    number of the preconditioned system is at most 4(1 + δ/λ); θ is the least value of QAQᵀ, or δ
-    if that is less. With block-wise damping it uses the smallest λ.
+    number of the preconditioned system is at most 4(1 + δ/λ)³; θ is the least value of QAQᵀ, or δ
+    if that is less. Where rows are so dependent that rounding of their Gram matrix outweighs λ, a
+    larger λ takes its place. With block-wise damping it uses the smallest λ.
 
     Args:
         rank: rows at most; "adaptive" takes up to `max_rank`.
@@ -63,7 +66,11 @@ class PivotedCholesky:
         ):
             msg = f'rank must be a positive integer or "adaptive", got {self.rank!r}'
             raise ValueError(msg)
-        if isinstance(self.max_rank, bool) or self.max_rank < 1:
+        if (
+            isinstance(self.max_rank, bool)
+            or not isinstance(self.max_rank, int)
+            or self.max_rank < 1
+        ):
             msg = f"max_rank must be a positive integer, got {self.max_rank!r}"
             raise ValueError(msg)
         if not self.tol >= 0:
@@ -81,7 +88,7 @@ class PivotedCholesky:
             )
             raise TypeError(msg)
         least = smallest(as_shift(damping, A))
-        if not least > 0:
+        if not least > 0:  # before any work
             raise SingularError("PivotedCholesky needs damping > 0")
         count = float(getattr(A, "count", G.shape[0]))
         most = self.max_rank if self.rank == "adaptive" else self.rank
@@ -91,7 +98,10 @@ class PivotedCholesky:
 
 
 class PivotedMap(LinearOperator):
-    """X/r + G[S]ᵀ C G[S] X for the rows S of a `Pivots`."""
+    """X/r + QᵀV diag(1/(v + λ) − 1/r)VᵀQ X with Q = L⁻¹G[S], for the rows S of a `Pivots`.
+
+    L stays a factor: multiplied out, its inverse would enter squared.
+    """
 
     definite = True
 
@@ -103,22 +113,37 @@ class PivotedMap(LinearOperator):
         count: float,
         damping: float,
     ) -> None:
+        if not damping > 0:
+            raise SingularError("PivotedCholesky needs damping > 0")
         super().__init__(A.shape[0], like=A.like, psd=True, layout=A.layout)
         self._rows, self._pivots, self._count = rows, pivots, count
-        values, V = _backend.eigh(pivots.inner)
+        values, self._V = _backend.eigh(pivots.inner)
         host = np.maximum(_backend.to_host(values), 0.0) / count
-        self._rest = damping + min(float(np.min(host, initial=np.inf)), pivots.rest / count)
-        # 1/(θ + λ) − 1/r without cancellation where the two are close.
-        inner = (self._rest - damping - host) / (self._rest * (host + damping))
-        xp = _backend.namespace(V)
-        half = xp.matrix_transpose(V) @ _backend.inv_lower(pivots.factor)
-        self._C = xp.matrix_transpose(half) @ (_backend.from_host(inner, V)[:, None] * half)
+        damping = max(damping, _ROUNDINGS * self._rounding(host))
+        rest = damping + min(float(np.min(host, initial=np.inf)), pivots.rest / count)
+        # 1/(v + λ) − 1/r without cancellation where the two are close.
+        inner = (rest - damping - host) / (rest * (host + damping))
+        self._rest, self._inner = rest, _backend.from_host(inner, self._V)[:, None]
+
+    def _rounding(self, values: np.ndarray) -> float:
+        """What rounding of G[S] leaves of ‖A‖ in the direction of the smallest pivot."""
+        xp = _backend.namespace(self._pivots.factor)
+        lengths = _backend.to_host(xp.linalg.diagonal(self._pivots.factor))
+        if not lengths.size:
+            return 0.0
+        spread = float(np.max(lengths) / np.min(lengths))
+        return _backend.eps(self.dtype) * float(np.max(values)) * spread
 
     def _matmat(self, X: Array, /) -> Array:
         if self._rows is None:  # A is nothing beside λ
             return X / self._rest
-        inside = self._C @ _backend.to_small(self._rows @ X)
-        return X / self._rest + self._rows.T @ _backend.lift(inside, X)
+        y = _backend.to_small(self._rows @ X)
+        (L, y), (V, _), (inner, _) = (
+            _backend.together(M, y) for M in (self._pivots.factor, self._V, self._inner)
+        )
+        y = _backend.namespace(V).matrix_transpose(V) @ _backend.solve_lower(L, y)
+        y = _backend.solve_lower(L, V @ (inner * y), transpose=True)
+        return X / self._rest + self._rows.T @ _backend.lift(y, X)
 
     def with_shift(self, shift: Any) -> PivotedMap:
         """The map at another λ: the rows are kept."""

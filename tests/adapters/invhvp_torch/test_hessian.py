@@ -121,6 +121,56 @@ def test_all_ways_to_a_product_give_the_same_values(case, way, monkeypatch):
     assert isinstance(H._kept[0], kept)
 
 
+PARTIAL = {  # operations whose gradient has parts that nobody needs, or none at all
+    "layer norm first": (
+        lambda: torch.nn.Sequential(torch.nn.LayerNorm(4), torch.nn.Linear(4, 3)), None
+    ),
+    "no affine": (
+        lambda: torch.nn.Sequential(
+            torch.nn.Linear(4, 5), torch.nn.LayerNorm(5, elementwise_affine=False),
+            torch.nn.Tanh(), torch.nn.Linear(5, 3),
+        ), None,
+    ),
+    "weights of a batch norm": (
+        lambda: torch.nn.Sequential(
+            torch.nn.Linear(4, 5), torch.nn.BatchNorm1d(5), torch.nn.Tanh(), torch.nn.Linear(5, 3)
+        ), "*.weight",
+    ),
+    "linear in some of them": (
+        lambda: torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.ReLU(), torch.nn.Linear(5, 3)),
+        None,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("loss", [torch.nn.functional.mse_loss, torch.nn.functional.l1_loss])
+@pytest.mark.parametrize("name", PARTIAL)
+def test_what_a_recording_lacks_is_zero_or_left_to_the_graph(name, loss, monkeypatch):
+    build, parameters = PARTIAL[name]
+    torch.manual_seed(0)
+    model = build().double().eval()
+    x, y = torch.randn(6, 4, dtype=torch.float64), torch.randn(6, 3, dtype=torch.float64)
+    H = it.hessian(model, loss, (x, y), parameters=parameters)
+    X = torch.randn(H.shape[0], 5, dtype=torch.float64)
+    recorded_ = [H @ X, H @ X[:, 0]]
+    monkeypatch.setattr(recorded, "_MAX_NODES", -1)
+    plain = it.hessian(model, loss, (x, y), parameters=parameters)
+    assert_close(recorded_[0], plain @ X)
+    assert_close(recorded_[1], plain @ X[:, 0])
+
+
+def test_a_recording_that_fails_leaves_the_graph(monkeypatch):
+    model, x, y = MLP.build()
+
+    def fail(*_):
+        raise IndexError
+
+    monkeypatch.setattr(Tape, "add", fail)
+    H = it.hessian(model, cross_entropy, (x, y))
+    assert_close(H.to_dense(), reference(model, cross_entropy, x, y)[0])
+    assert isinstance(H._kept[0], GradientGraph)
+
+
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_small_batches_are_joined_as_far_as_they_stay_small(batch_size, monkeypatch):
     model, x, y = MLP.build()
