@@ -246,7 +246,7 @@ def matmul(a: Array, b: Array) -> Array:
                     return a @ b
                 finally:
                     flags.allow_tf32 = True
-        return multiply(a, b) if a.device.type == "cpu" else a @ b
+        return multiply(a, b)
     if compat.is_jax_array(a):
         return namespace(a).matmul(a, b, precision="highest")
     return a @ b

@@ -18,7 +18,7 @@ import numpy as np
 
 
 def multiply(a: Any, b: Any, out: Any = None) -> Any:
-    """Compute a @ b, into `out` where it is given; tensors of two dimensions on a CPU.
+    """Compute a @ b, into `out` where it is given; of tensors.
 
     Nothing is recorded for a gradient where `out` is given.
     """
@@ -38,7 +38,9 @@ def multiply(a: Any, b: Any, out: Any = None) -> Any:
 
 
 def _alike(a: Any, b: Any, torch: Any) -> bool:
-    """Whether both are matrices of one dtype that BLAS has, without tangents, and fit."""
+    """Whether both are matrices on a CPU, of one dtype that BLAS has, without tangents, and fit."""
+    if not a.device.type == b.device.type == "cpu":
+        return False
     known = a.dtype == b.dtype and a.dtype in (torch.float32, torch.float64)
     fits = a.ndim == b.ndim == 2 and a.shape[1] == b.shape[0]
     return known and fits and not (has_tangent(a) or has_tangent(b))

@@ -16,8 +16,6 @@ from .columns import Columns, Scratch
 
 aten = torch.ops.aten
 
-Rest = tuple[Any, ...]
-
 
 def on_images(function: Any) -> Callable[..., Columns]:
     """A rule for what is done to each image: the vectors are so many times more images."""

@@ -188,10 +188,6 @@ def _bilinear(both: Rule, right: Rule, left: Rule) -> Rule:
     return rule
 
 
-def _multiplied(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    return multiply(a, b, out) if a.device.type == "cpu" else torch.mm(a, b, out=out)
-
-
 def _mm_both(scratch: Scratch, a: Columns, b: Columns) -> Columns:
     x, y = a.at(0), b.at(0)
     out = scratch.empty((x.shape[0], x.shape[1], y.shape[2]), x)
@@ -201,14 +197,14 @@ def _mm_both(scratch: Scratch, a: Columns, b: Columns) -> Columns:
 def _mm_right(scratch: Scratch, a: torch.Tensor, b: Columns) -> Columns:
     """(r, s) @ (s, k, c): the vectors merge with the columns."""
     matrix, axis = _side_by_side(b)
-    out = _multiplied(a, matrix, scratch.empty((a.shape[0], matrix.shape[1]), a))
+    out = multiply(a, matrix, scratch.empty((a.shape[0], matrix.shape[1]), a))
     return Columns(out.unflatten(1, (b.k, -1) if axis == 1 else (-1, b.k)), axis)
 
 
 def _mm_left(scratch: Scratch, a: Columns, b: torch.Tensor) -> Columns:
     """(k, r, s) @ (s, c), or (r, k, s): the vectors merge with the rows."""
     matrix, axis = _side_by_side(_transposed(scratch, a))
-    out = _multiplied(matrix.mT, b, scratch.empty((matrix.shape[1], b.shape[1]), b))
+    out = multiply(matrix.mT, b, scratch.empty((matrix.shape[1], b.shape[1]), b))
     return Columns(out.unflatten(0, (a.k, -1) if axis == 1 else (-1, a.k)), axis - 1)
 
 

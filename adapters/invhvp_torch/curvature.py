@@ -222,11 +222,8 @@ class Hessian(TorchDoor):
         return f"{super()._describe()}, {size}, {where}, {graphs}{mode}"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            **self.__dict__,
-            "_kept": {},
-            "_scratch": Scratch(),
-        }  # graphs are rebuilt where they are needed
+        # Graphs are rebuilt where they are needed.
+        return {**self.__dict__, "_kept": {}, "_scratch": Scratch()}
 
 
 class SampledHessian(Hessian):
