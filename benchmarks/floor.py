@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from invhvp import _backend, _linalg
+from invhvp import _arithmetic, _backend, _linalg
 
 from . import report
 from .gpu_libraries import Library, Torch, timed
@@ -85,7 +85,7 @@ def machine(
     inner = max(1, 100_000 // (n * k))
     copied = _best(library, lambda: [library.copy(target, source) for _ in range(inner)], repeats)
     M = block(library, gemm, gemm, dtype)
-    multiplied = _best(library, partial(_backend.matmul, M, M), min(repeats, 4))
+    multiplied = _best(library, partial(_arithmetic.matmul, M, M), min(repeats, 4))
     one = block(library, 1, 1, dtype)
     called = _best(library, lambda: [one + one for _ in range(200)], repeats)
     item = _backend.itemsize(source.dtype)

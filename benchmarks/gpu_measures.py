@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 import invhvp as ih
-from invhvp import _backend
+from invhvp import _arithmetic, _backend, _lapack
 
 from .gpu_libraries import Library, counted_transfers, timed, unplanned_synchronisations
 
@@ -99,7 +99,7 @@ def ceilings(library: Library, size: Size) -> Iterator[Row]:
     for dtype in ("float32", "float64"):
         m = size.gemm
         M = library.place(np.random.default_rng(1).standard_normal((m, m)), dtype)
-        t = timed(library, partial(_backend.matmul, M, M), size.repeats, warm=3)
+        t = timed(library, partial(_arithmetic.matmul, M, M), size.repeats, warm=3)
         rate = 2 * m**3 / t.seconds
         yield {
             **where, "what": f"GEMM {dtype}", "unit": "TFLOP/s", "value": rate / 1e12,
@@ -270,9 +270,9 @@ def kronecker(library: Library, size: Size, ceiling: dict[str, float]) -> Iterat
         S = rng.standard_normal((count, m, 2 * m))
         S = S @ S.transpose(0, 2, 1) / (2 * m)
         placed = library.place(S)
-        t = timed(library, lambda S=placed: [_backend.eigh(M) for M in S], 1, warm=1)
-        together = timed(library, partial(_backend.eigh, placed), 1, warm=1)
-        w, V = _backend.eigh(placed[0, :, :])
+        t = timed(library, lambda S=placed: [_lapack.eigh(M) for M in S], 1, warm=1)
+        together = timed(library, partial(_lapack.eigh, placed), 1, warm=1)
+        w, V = _lapack.eigh(placed[0, :, :])
         rebuilt = library.host(V) @ np.diag(library.host(w)) @ library.host(V).T
         error = float(np.max(np.abs(rebuilt - S[0])))
         yield {

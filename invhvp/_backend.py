@@ -7,7 +7,6 @@ reaches the host, and how much memory is free.
 
 from __future__ import annotations
 
-import math
 import sys
 from functools import lru_cache
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import array_api_compat as compat
 import numpy as np
 
-from ._blas import has_tangent, multiply
+from ._blas import has_tangent
 from .protocols import Array
 
 device = compat.device
@@ -228,129 +227,6 @@ def together(x: Array, y: Array) -> tuple[Array, Array]:
 def cast(X: Array, like: Array) -> Array:
     """X in the dtype of `like`; the same array where it is that already."""
     return X if X.dtype == like.dtype else namespace(X).astype(X, like.dtype)
-
-
-# ------------------------------------------------------------------------------------- GEMM
-
-
-def matmul(a: Array, b: Array) -> Array:
-    """Multiply without TF32: the engine's only matrix product on tall blocks."""
-    if is_numpy(a):
-        return a @ b
-    if compat.is_torch_array(a):
-        if a.device.type == "cuda" and dtype_name(a.dtype) == "float32":
-            flags = sys.modules["torch"].backends.cuda.matmul
-            if flags.allow_tf32:
-                flags.allow_tf32 = False
-                try:
-                    return a @ b
-                finally:
-                    flags.allow_tf32 = True
-        return multiply(a, b)
-    if compat.is_jax_array(a):
-        return namespace(a).matmul(a, b, precision="highest")
-    return a @ b
-
-
-def column_sums(X: Array) -> Array:
-    """The sums over the rows of a tall block, in its dtype.
-
-    NumPy adds row to row; for many rows a product with ones is several times as fast.
-    """
-    if is_numpy(X) and X.shape[0] >= 4096:
-        return (np.ones((1, X.shape[0]), dtype=X.dtype) @ X)[0, :]
-    return namespace(X).sum(X, axis=0, dtype=X.dtype)
-
-
-# ---------------------------------------------------------------------------- factorisations
-#
-# Success is decided from values. NumPy and strict raise, torch raises and synchronises, JAX
-# returns NaN, CuPy returns garbage without a word: here all of them return NaN.
-
-
-def _nan_like(M: Array) -> Array:
-    return namespace(M).full_like(M, math.nan)
-
-
-def cholesky(M: Array) -> Array:
-    """Lower Cholesky factor of a small or dense symmetric matrix; all NaN if not definite."""
-    xp = namespace(M)
-    if compat.is_torch_array(M):
-        L, info = sys.modules["torch"].linalg.cholesky_ex(M)  # never raises, never synchronises
-        return xp.where(info == 0, L, math.nan)
-    try:
-        L = xp.linalg.cholesky(M)
-    except Exception as error:
-        if is_out_of_memory(error) or "LinAlg" not in type(error).__name__:
-            raise
-        return _nan_like(M)
-    if compat.is_cupy_array(M):  # believe the factor only if it multiplies back
-        misfit = xp.max(xp.abs(L @ L.T - M))
-        good = misfit <= 1e3 * M.shape[0] * eps(M.dtype) * xp.max(xp.abs(M))
-        return xp.where(good, L, _nan_like(L))
-    return L
-
-
-def eigh(M: Array) -> tuple[Array, Array]:
-    """Ascending eigenvalues and eigenvectors of a symmetric matrix; all NaN on failure."""
-    xp = namespace(M)
-    M = (M + xp.matrix_transpose(M)) / 2
-    try:
-        result = xp.linalg.eigh(M)
-    except Exception as error:
-        if is_out_of_memory(error) or "LinAlg" not in type(error).__name__:
-            raise
-        return _nan_like(M[:, 0]), _nan_like(M)
-    return result[0], result[1]
-
-
-def gains_from_batched_eigh(M: Array) -> bool:
-    """Whether matrices of the size of M are decomposed faster as one stack than one by one.
-
-    True of CuPy's batched Jacobi method for small ones; elsewhere a stack is only a loop.
-    """
-    return compat.is_cupy_array(M) and M.shape[0] <= 32
-
-
-def solve_lower(L: Array, B: Array, *, transpose: bool = False) -> Array:
-    """Solve L X = B (or Lᵀ X = B) for a lower-triangular L and a two-dimensional B."""
-    xp = namespace(L)
-    if is_numpy(L):
-        from scipy.linalg import solve_triangular
-
-        return solve_triangular(L, B, lower=True, trans=int(transpose), check_finite=False)
-    if compat.is_torch_array(L):
-        solve = sys.modules["torch"].linalg.solve_triangular
-        return solve(L.mT if transpose else L, B, upper=transpose)
-    if compat.is_jax_array(L):
-        from jax.scipy.linalg import solve_triangular  # pyright: ignore[reportMissingImports]
-
-        return solve_triangular(L, B, lower=True, trans=int(transpose))
-    if compat.is_cupy_array(L):
-        # cupyx.scipy.linalg needs the CUDA libraries at import: only when it is used.
-        from cupyx.scipy.linalg import solve_triangular  # pyright: ignore[reportMissingImports]
-
-        return solve_triangular(L, B, lower=True, trans=int(transpose))
-    A = xp.matrix_transpose(L) if transpose else L
-    try:
-        return xp.linalg.solve(A, B)
-    except Exception as error:
-        if "LinAlg" not in type(error).__name__:
-            raise
-        return _nan_like(B)
-
-
-def inv_lower(L: Array) -> Array:
-    """Inverse of a small lower-triangular matrix."""
-    if not L.shape[0]:
-        return L
-    if is_numpy(L):  # several times as fast as SciPy's checks before a solve with the identity
-        from scipy.linalg import lapack
-
-        inverse, info = lapack.dtrtri(L, lower=1)  # pyright: ignore[reportAttributeAccessIssue]
-        return inverse if info == 0 else _nan_like(L)
-    xp = namespace(L)
-    return solve_lower(L, xp.eye(L.shape[0], dtype=L.dtype, device=device(L)))
 
 
 # ---------------------------------------------------------------------------------- memory

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import math
 
-from . import _backend
+from . import _arithmetic, _backend, _lapack
 from .protocols import Array, Reduce
 
 _CHUNK = 1 << 16  # rows per partial sum: float32 dots lose 5 digits at n = 2e7 without it
+_IN_CACHE = 1 << 14  # on the host, rows whose products stay in the cache
 _MAX_CHUNKS = 64  # beyond it the chunks grow instead: launches cost more than they save
 
 
-def _row_chunks(n: int) -> list[slice]:
-    size = max(_CHUNK, -(-n // _MAX_CHUNKS))
+def _row_chunks(n: int, size: int | None = None) -> list[slice]:
+    size = max(_CHUNK, -(-n // _MAX_CHUNKS)) if size is None else size
     return [slice(i, min(i + size, n)) for i in range(0, n, size)] or [slice(0, 0)]
 
 
@@ -29,7 +30,10 @@ def _working(X: Array) -> Array:
 
 def _sum_chunks(parts: list[Array], like: Array, reduce: Reduce | None) -> Array:
     xp = _backend.namespace(like)
-    if len(parts) > 1 and _backend.has_float64(like):
+    if len(parts) > 1 and _backend.is_numpy(parts[0]):
+        small = _backend.namespace(parts[0])
+        parts = [small.sum(small.stack(parts), axis=0, dtype=small.float64)]
+    elif len(parts) > 1 and _backend.has_float64(like):
         parts = [xp.astype(part, xp.float64) for part in parts]
     total = parts[0]
     for part in parts[1:]:
@@ -44,21 +48,29 @@ def gram(X: Array, Y: Array | None = None, *, reduce: Reduce | None = None) -> A
 
     Cost: 2·n·k·m flops, one pass over X and Y, no temporary of length n.
     """
+    right = X if Y is None else Y
+    if reduce is None:  # it takes arrays of the caller's library
+        X, right = _arithmetic.for_blas(X, right)
     xp = _backend.namespace(X)
     parts = []
-    for rows in _row_chunks(X.shape[0]):
-        x = _working(X[rows, :])
-        y = x if Y is None else _working(Y[rows, :])
-        parts.append(_backend.matmul(xp.matrix_transpose(x), y))
+    with _backend.quiet():
+        for rows in _row_chunks(X.shape[0], _arithmetic.gram_rows(X, right)):
+            x = _working(X[rows, :])
+            y = x if right is X else _working(right[rows, :])
+            parts.append(_arithmetic.matmul(xp.matrix_transpose(x), y))
     return _sum_chunks(parts, X, reduce)
 
 
 def column_dot(X: Array, Y: Array, *, reduce: Reduce | None = None) -> Array:
     """The k inner products of matching columns, as a small float64 array of shape (k,)."""
-    parts = [
-        _backend.column_sums(_working(X[rows, :]) * _working(Y[rows, :]))
-        for rows in _row_chunks(X.shape[0])
-    ]
+    if reduce is None:  # it takes arrays of the caller's library
+        X, Y = _arithmetic.for_blas(X, Y)
+    chunk = _IN_CACHE if _backend.on_host(X) else None
+    with _backend.quiet():
+        parts = [
+            _arithmetic.column_sums(_working(X[rows, :]) * _working(Y[rows, :]))
+            for rows in _row_chunks(X.shape[0], chunk)
+        ]
     return _sum_chunks(parts, X, reduce)
 
 
@@ -74,11 +86,8 @@ def column_norms(X: Array, *, reduce: Reduce | None = None) -> Array:
         return _backend.namespace(square).sqrt(square)
     if _backend.on_host(X) and _backend.eps(X.dtype) <= 2.0**-23:
         square = column_dot(X, X)
-        # Entries whose squares vanish are at most 1e-8 of such a sum.
-        least = 1e-280 if _backend.eps(X.dtype) < 2.0**-30 else 1e-30 * (1 + X.shape[0])
-        small = _backend.namespace(square)
-        if bool(small.all((square > least) & (square < least**-1))):
-            return small.sqrt(square)  # the usual case, and a look is free on the host
+        if _squares_are_safe(square, X):
+            return _backend.namespace(square).sqrt(square)  # the usual case
     largest = xp.max(xp.abs(X), axis=0) if X.shape[0] else xp.zeros_like(X[0, :])
     usable = (largest > 0) & (largest < math.inf)  # Inf stays Inf, without Inf/Inf on the way
     scale = xp.where(usable, largest, xp.ones_like(largest))
@@ -87,14 +96,35 @@ def column_norms(X: Array, *, reduce: Reduce | None = None) -> Array:
     return _backend.namespace(square).sqrt(square) * _backend.to_small(scale)
 
 
+def _squares_are_safe(squares: Array, X: Array) -> bool:
+    """Whether no column of X on the host lost entries whose squares vanish or overflow.
+
+    Entries whose squares vanish are at most 1e-8 of such a sum.
+    """
+    if _backend.eps(X.dtype) > 2.0**-23:
+        return False
+    least = 1e-280 if _backend.eps(X.dtype) < 2.0**-30 else 1e-30 * (1 + X.shape[0])
+    return bool(_backend.namespace(squares).all((squares > least) & (squares < least**-1)))
+
+
 def combine(X: Array, M: Array) -> Array:
     """X @ M for a tall X (n, b) and a small M (b, c), in the dtype of X."""
-    return _backend.matmul(X, _backend.lift(M, X))
+    return _arithmetic.matmul(X, _backend.lift(M, X))
 
 
 def scale_columns(X: Array, factors: Array) -> Array:
     """X · diag(factors) for small factors (k,), in the dtype of X."""
-    return X * _backend.lift(factors, X)[None, :]
+    return _arithmetic.scale(X, _backend.lift(factors, X)[None, :])
+
+
+def add_combined(Z: Array, X: Array, M: Array) -> Array:
+    """Z + X @ M for tall Z (n, c) and X (n, b) and a small M (b, c), in the dtype of X."""
+    return _arithmetic.add_product(Z, X, _backend.lift(M, X))
+
+
+def add_scaled(Z: Array, X: Array, factors: Array) -> Array:
+    """Z + X · diag(factors) for small factors (k,), in the dtype of X."""
+    return _arithmetic.add_scaled(Z, X, _backend.lift(factors, X)[None, :])
 
 
 def between(U: Array, values: Array, X: Array) -> Array:
@@ -140,27 +170,40 @@ def cholqr(Y: Array, *, passes: int = 4, reduce: Reduce | None = None) -> tuple[
     completed by directions from rounding, with rows of T that are rounding-small: nothing is
     dropped; columns that vanish exactly stay zero. Each pass is one Gram matrix and one product
     (4·n·b² flops). On the host two passes are the rule and more run where they are needed;
-    elsewhere looking would cost a synchronisation, so three always run.
+    elsewhere looking would cost a synchronisation, so three always run, after a scaling.
 
     Source: Yamamoto, Nakatsukasa, Yanagisawa & Fukaya (2015), CholeskyQR2, iterated, with the
     column scaling and the small shift that single precision needs.
     """
-    norms = column_norms(Y, reduce=reduce)
-    xp = _backend.namespace(norms)
-    W = scale_columns(Y, 1 / xp.where(norms > 0, norms, xp.ones_like(norms)))
-    b = Y.shape[1]
+    first, squares = None, None
+    if _backend.on_host(Y):
+        first = gram(Y, reduce=reduce)
+        squares = _backend.namespace(first).linalg.diagonal(first)
+    if squares is not None and _squares_are_safe(squares, Y):
+        W, T = Y, identity_like(squares, Y.shape[1])
+    else:
+        norms, first = column_norms(Y, reduce=reduce), None
+        xp = _backend.namespace(norms)
+        W = scale_columns(Y, 1 / xp.where(norms > 0, norms, xp.ones_like(norms)))
+        T = identity_like(norms, Y.shape[1]) * norms[None, :]
+    xp = _backend.namespace(T)
     unit = _backend.eps(_working(Y[:0, :]).dtype)
-    T = identity_like(norms, b) * norms[None, :]
+    gap = math.inf
     for step in range(passes):
-        G, d, _ = unit_diagonal(symmetric(gram(W, reduce=reduce)))
+        G, d, _ = unit_diagonal(symmetric(gram(W, reduce=reduce) if first is None else first))
+        first = None
         if _backend.is_numpy(G):
-            if step and max(_distance(G), _distance(d[None, :])) < 25 * unit * math.sqrt(b):
+            if step:
+                gap = max(_distance(G), _distance(d[None, :]))
+            if gap < 25 * unit * math.sqrt(Y.shape[1]):
                 break
         elif step == 3:
             break
         L = _semidefinite_cholesky(G, unit)
-        W = combine(W, xp.matrix_transpose(_backend.inv_lower(L)) / d[:, None])
+        W = combine(W, xp.matrix_transpose(_lapack.inv_lower(L)) / d[:, None])
         T = (xp.matrix_transpose(L) * d[None, :]) @ T
+        if gap < 0.1:  # a pass over what is nearly orthonormal leaves rounding alone
+            break
     return W, T
 
 
@@ -179,11 +222,11 @@ def _semidefinite_cholesky(G: Array, unit: float) -> Array:
     xp = _backend.namespace(G)
     b = G.shape[0]
     eye = identity_like(G)
-    plain = _backend.cholesky(G)
+    plain = _lapack.cholesky(G)
     use_plain = xp.all(xp.isfinite(plain)) & (xp.max(xp.abs(G - eye)) < 0.5)
     if _backend.is_numpy(G) and bool(use_plain):
         return plain
-    small = _backend.cholesky(G + (10 * b * unit) * eye)
-    large = _backend.cholesky(G + (1000 * b * unit) * eye)
+    small = _lapack.cholesky(G + (10 * b * unit) * eye)
+    large = _lapack.cholesky(G + (1000 * b * unit) * eye)
     shifted = xp.where(xp.all(xp.isfinite(small)), small, large)
     return xp.where(use_plain, plain, shifted)

@@ -16,7 +16,7 @@ from .tape import Tape
 # Recording takes about a quarter of a millisecond a node.
 _MAX_NODES = 2_000
 # Below this it does not matter how much more a recording holds than the graph.
-SMALL_BYTES = 16_000_000
+_UNNOTICED_BYTES = 16_000_000
 # Columns go through together while the largest tensor that they make stays near the processor
 # (one core, 16 columns: a network of 64 hidden units 12.7 ms at 2.6 MB, 14.9 at .7 and 14.0 at
 # 10; convolutions 108 at 3.2 MB, 120 at 1.6 and 138 at 26).
@@ -84,7 +84,7 @@ def settled(graph: GradientGraph, like: torch.Tensor, scratch: Scratch) -> Any:
             raise
         return graph
     # Constants may be what the graph computes anew.
-    small = recorded.n_bytes <= max(2 * graph.n_bytes, SMALL_BYTES)
+    small = recorded.n_bytes <= max(2 * graph.n_bytes, _UNNOTICED_BYTES)
     return recorded if right and small else graph
 
 

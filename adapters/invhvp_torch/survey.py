@@ -17,7 +17,7 @@ from .parameters import Parameters
 KeepGraph: TypeAlias = bool | Literal["auto"]
 
 # Batches join up to this much of a graph: a larger one keeps a processor busy by itself.
-SMALL_BYTES = 16_000_000
+JOINED_BYTES = 16_000_000
 
 
 class Survey:
@@ -61,7 +61,7 @@ class Survey:
         total = sum(self.sizes)
         step = total
         if self.bytes_per_sample > 0:
-            room = float(SMALL_BYTES)
+            room = float(JOINED_BYTES)
             if self._parameters.like.device.type != "cpu":
                 room = _backend.free_memory(self._parameters.like) / 32
             step = min(total, int(room / self.bytes_per_sample))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .. import _backend, _linalg
+from .. import _arithmetic, _backend, _linalg
 from ..gradients._memory import spans
 from ..protocols import Array
 
@@ -31,7 +31,7 @@ def factors(d: Array, a: Array, weights: Array | None, *, reduce: bool) -> tuple
         d = xp.sum(d, axis=1, dtype=d.dtype)
         number = xp.sum(valid, axis=1, dtype=a.dtype)
         share = valid / xp.where(number > 0, number, xp.ones_like(number))[:, None]
-        a = _backend.matmul(share[:, None, :], a)[:, 0, :]
+        a = _arithmetic.matmul(share[:, None, :], a)[:, 0, :]
         valid = xp.astype(number > 0, a.dtype)
     else:
         d, a = xp.reshape(d, (N * C * T, o)), xp.reshape(a, (N * T, i))
@@ -58,8 +58,8 @@ def squares(d: Array, a: Array) -> Array:
     D = xp.reshape(D, (N, T, C * o))
     for n in spans(N, 3 * T * T, a):
         x, y = D[n, :, :], a[n, :, :]
-        pairs = _backend.matmul(x, xp.matrix_transpose(x))
-        pairs = pairs * _backend.matmul(y, xp.matrix_transpose(y))
+        pairs = _arithmetic.matmul(x, xp.matrix_transpose(x))
+        pairs = pairs * _arithmetic.matmul(y, xp.matrix_transpose(y))
         flat = xp.reshape(pairs, (-1, 1))
         part = _linalg.column_dot(flat, xp.ones_like(flat))
         total = part if total is None else total + part
@@ -114,7 +114,7 @@ def _squared(d: Array, a: Array, N: int) -> Any:
     for n in spans(N, C * o * i * 2, a):
         x = a[n, :, :]
         y = xp.reshape(xp.permute_dims(d[n, :, :, :], (0, 1, 3, 2)), (x.shape[0], C * o, T))
-        rows = xp.reshape(_backend.matmul(y, x), (x.shape[0] * C, o, i))
+        rows = xp.reshape(_arithmetic.matmul(y, x), (x.shape[0] * C, o, i))
         yield rows * rows
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping
 
-from .. import _backend
+from .. import _arithmetic, _backend
 from ..operators import EigenKronecker, Kronecker
 from ..operators.kronecker import eigenbases
 from ..protocols import Array
@@ -164,8 +164,10 @@ class MomentAccumulator(Sums):
         """Add the samples of a batch to one layer."""
         d, a = self.checked(name, output_grads, inputs)
         U, V = self.bases[name]
-        x = a if V is None else _backend.matmul(a, _backend.cast(V, a))
-        self.add_sums(name, moments=_layer_sums.moments(_backend.matmul(d, _backend.cast(U, d)), x))
+        x = a if V is None else _arithmetic.matmul(a, _backend.cast(V, a))
+        self.add_sums(
+            name, moments=_layer_sums.moments(_arithmetic.matmul(d, _backend.cast(U, d)), x)
+        )
 
     def eigen_kronecker(self) -> dict[str, EigenKronecker]:
         """EKFAC by layer."""

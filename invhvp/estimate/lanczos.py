@@ -231,7 +231,7 @@ class _Lanczos:
         """VᵀY (small) and Y − V VᵀY."""
         parts = [_linalg.gram(V, Y) for V in self.blocks]
         for V, part in zip(self.blocks, parts, strict=True):
-            Y = Y - _linalg.combine(V, part)
+            Y = _linalg.add_combined(Y, V, -part)
         return _backend.namespace(*parts).concat(parts, axis=0), Y
 
     def _combine(self, S: np.ndarray) -> Array:

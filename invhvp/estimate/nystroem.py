@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from .. import _backend, _linalg
+from .. import _arithmetic, _backend, _linalg
 from .._random import generator
 from ..operators import as_operator
 from ..protocols import Array
@@ -38,7 +38,7 @@ class Model:
         """Â X."""
         inside = _linalg.gram(self.vectors, X)
         values = _backend.lift(self.values, X)[:, None] if self.values.size else 0.0
-        inside = _backend.matmul(self.vectors, values * _backend.lift(inside, X))
+        inside = _arithmetic.matmul(self.vectors, values * _backend.lift(inside, X))
         return inside - self.shift * X if self.shift else inside
 
 
@@ -126,7 +126,7 @@ class Sketch:
             return xp.astype(rows[:, None] == at[None, :], like.dtype)
         new, _ = _linalg.cholqr(self._random.normal((self.n, columns)))
         for _ in range(2 if old else 0):
-            new = new - _linalg.combine(self.test, _linalg.gram(self.test, new))
+            new = _linalg.add_combined(new, self.test, -_linalg.gram(self.test, new))
             new, _ = _linalg.cholqr(new)
         return new
 

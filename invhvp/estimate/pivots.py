@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import scipy.linalg
 
-from .. import _backend, _linalg
+from .. import _backend, _lapack, _linalg
 from .._random import generator
 from ..gradients import GradientMatrix
 from ..protocols import Array
@@ -74,7 +74,7 @@ def pivots(G: GradientMatrix, *, rank: int, goal: float, rng: Any = 0) -> Pivots
         if order.size == 0:  # what is left is rounding
             break
         columns = xp.take(columns, xp.asarray(order, device=_backend.device(columns)), axis=1)
-        inverse = _backend.inv_lower(_backend.from_host(L, columns))
+        inverse = _lapack.inv_lower(_backend.from_host(L, columns))
         parts.append(columns @ xp.matrix_transpose(inverse))
         chosen = np.concatenate([chosen, drawn[order]])
         explained = _backend.to_host(xp.sum(parts[-1] * parts[-1], axis=1))

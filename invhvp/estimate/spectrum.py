@@ -140,7 +140,7 @@ def spectrum(A: Any, *, steps: int = 20, probes: int = 4, rng: Any = 0) -> Spect
         alpha = _linalg.column_dot(V, Y)
         for _ in range(2):
             for old in basis:
-                Y = Y - _linalg.scale_columns(old, _linalg.column_dot(old, Y))
+                Y = _linalg.add_scaled(Y, old, -_linalg.column_dot(old, Y))
         beta = _linalg.column_norms(Y)
         xp = _backend.namespace(beta)
         look = np.asarray(_backend.to_host(xp.stack([alpha, beta])))

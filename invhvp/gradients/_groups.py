@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .. import _backend
+from .. import _arithmetic, _backend
 from ..protocols import Array
 from . import _sums
 
@@ -43,7 +43,7 @@ class Groups:
         xp = _backend.namespace(terms)
         work = _padded(_sums.single(terms), -terms.shape[0] % _TILE)
         n, c = work.shape[0] // _TILE, work.shape[1]
-        ends = _backend.matmul(self._tiles(work), xp.reshape(work, (n, _TILE, c)))
+        ends = _arithmetic.matmul(self._tiles(work), xp.reshape(work, (n, _TILE, c)))
         carried = self._carried(ends[:, -1, :])
         sums = xp.take(xp.reshape(ends, (n * _TILE, c)), self.last, axis=0)
         # What stands before the tile of a key's last term: nothing, if its first is in there.

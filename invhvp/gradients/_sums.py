@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TypeAlias
 
-from .. import _backend
+from .. import _arithmetic, _backend
 from ..protocols import Array
 
 Lines: TypeAlias = list[list[Array]]
@@ -46,10 +46,10 @@ def product(a: Array, b: Array) -> Array:
     n = a.shape[-1]
     chunks = _chunks(n)
     if len(chunks) == 1 or _backend.dtype_name(a.dtype) == "float64":
-        return narrow(_backend.matmul(single(a), single(b)), a)
+        return narrow(_arithmetic.matmul(single(a), single(b)), a)
     total = None
     for terms in chunks:
-        part = wide(_backend.matmul(single(a[..., terms]), single(b[..., terms, :])))
+        part = wide(_arithmetic.matmul(single(a[..., terms]), single(b[..., terms, :])))
         total = part if total is None else total + part
     return narrow(total, a)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .. import _backend
+from .. import _arithmetic, _backend
 from ..layout import Layout
 from ..protocols import Array
 from . import _memory, _sums
@@ -75,7 +75,7 @@ class DenseGradients(GradientMatrix):
             return super()._small_gram(other)
         xp, right = _backend.namespace(self._like), _sums.wide(other._rows)
         parts = [_sums.wide(self._rows[c, :]) for c in self.chunks()]
-        found = [_backend.matmul(x, xp.matrix_transpose(right)) for x in parts]
+        found = [_arithmetic.matmul(x, xp.matrix_transpose(right)) for x in parts]
         return _backend.to_small(xp.concat(found, axis=0))
 
     def _gram(self, other: GradientMatrix) -> Array:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from .. import _backend, _linalg
+from .. import _arithmetic, _backend, _linalg
 from .._random import generator
-from ..operators.damping import shifted
+from ..operators.damping import plus_shifted, shifted
 from ..operators.data_parallel import agreed
 from ..protocols import Array
 from ..solution import Curvature, Record, Solution, Status
@@ -134,14 +134,14 @@ class Descent:
                 part = inverse.operator.subset(self._batch())  # pyright: ignore
                 V = self.U - anchor if self._svrg else self.U
                 target = anchor_R if self._svrg else self.B
-                R = target - (part @ V + shifted(V, inverse.shift))
-                self.U = self.U + self.eta * inverse.precondition(R)
+                R = target - (plus_shifted(part @ V, V, inverse.shift))
+                self.U = _arithmetic.add_scaled(self.U, inverse.precondition(R), self.eta)
                 self.terms += k * inverse.batch
                 self.term_passes += inverse.batch
                 if self.average is not None:
                     self.average.add(self.U)
             else:
-                self.U = self.U + self.eta * inverse.precondition(self.R)
+                self.U = _arithmetic.add_scaled(self.U, inverse.precondition(self.R), self.eta)
                 self.R = self.B - self.products(self.U)
             self.iterations += 1
             self.bar.update(1)

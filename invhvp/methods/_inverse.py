@@ -11,7 +11,7 @@ import numpy as np
 from .. import _backend, _linalg, _tracing
 from ..gradients import GradientMatrix
 from ..operators import LinearOperator, as_operator
-from ..operators.damping import as_shift, shifted, smallest
+from ..operators.damping import as_shift, plus_shifted, smallest
 from ..protocols import Array, Damping
 from ..solution import ConvergenceWarning, Curvature, Record, Solution, Status
 from ._implicit import records_gradients, with_gradients
@@ -170,7 +170,7 @@ class Products:
         self._halve = False
 
     def __call__(self, V: Array) -> Array:
-        return self._product(V) + shifted(V, self.shift)
+        return plus_shifted(self._product(V), V, self.shift)
 
     def _call(self, V: Array) -> Array:
         """One call of the operator, counted whether or not it succeeds."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from typing import Any
 
 
@@ -18,6 +19,21 @@ def check_numbers(method: Any, *, sizes: tuple[str, ...], counts: tuple[str, ...
         if value is not None and value < 1:
             msg = f"{name} must be at least 1, got {value}"
             raise ValueError(msg)
+
+
+def check_ranks(method: Any) -> None:
+    """Raise ValueError unless rank is a positive integer or "adaptive", max_rank one or None."""
+    if method.rank != "adaptive" and not _is_positive(method.rank):
+        msg = f'rank must be a positive integer or "adaptive", got {method.rank!r}'
+        raise ValueError(msg)
+    if method.max_rank is not None and not _is_positive(method.max_rank):
+        msg = f"max_rank must be a positive integer, got {method.max_rank!r}"
+        raise ValueError(msg)
+
+
+def _is_positive(value: Any) -> bool:
+    integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    return integer and int(value) >= 1
 
 
 def check_preconditioner(preconditioner: Any) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from .. import _backend, _linalg
+from .. import _arithmetic, _backend, _linalg
 from ..protocols import Array
 from ..solution import Curvature
 from ._inverse import Products, column_look
@@ -56,8 +56,7 @@ class ShiftedBlock:
                 return self._proof(kernel, state, ~seen.ok)
             self.size = max(self.size, seen.size)
             for index in live:
-                step = shifts[index].advance(state, new)
-                self.X[index] = self.X[index] + _linalg.scale_columns(step, safe)
+                self.X[index] = shifts[index].advance(state, new, self.X[index], safe)
             looks = column_look(
                 *[shifts[index].residuals() for index in live],
                 *[_linalg.column_norms(self.X[index]) for index in live],
@@ -91,7 +90,7 @@ class _At:
         self.products, self.damping = products, damping
 
     def __call__(self, V: Array) -> Array:
-        return self.products(V) + self.damping * V
+        return _arithmetic.add_scaled(self.products(V), V, self.damping)
 
 
 class _Shift:
@@ -105,8 +104,8 @@ class _Shift:
         self.sigma, self.V, self.y = sigma, V, y
         self.carry: Array | None = None
 
-    def advance(self, state: Any, new: Any) -> Array:
-        """The step V D⁻¹y of this block; V and y are moved on to the next."""
+    def advance(self, state: Any, new: Any, X: Array, scale: np.ndarray) -> Array:
+        """X and the step V D⁻¹y of this block, scaled; V and y are moved on to the next."""
         G = new.G
         xp = _backend.namespace(G)
         E = self.sigma * _linalg.identity_like(G)
@@ -114,12 +113,14 @@ class _Shift:
             E = E + _linalg.symmetric(state.zeta @ self.carry @ xp.matrix_transpose(state.zeta))
         K, _, _ = inverse_root(_linalg.symmetric(G + E), _backend.eps(self.V.dtype))
         inverse = xp.matrix_transpose(K) @ K
-        step = _linalg.combine(self.V, inverse @ self.y)
+        step = inverse @ self.y
+        scales, step = _backend.together(scale, step)
+        X = _linalg.add_combined(X, self.V, step * scales[None, :])
         M = inverse @ G
-        self.V = new.W + _linalg.combine(self.V, M @ xp.matrix_transpose(new.zeta))
+        self.V = _linalg.add_combined(new.W, self.V, M @ xp.matrix_transpose(new.zeta))
         self.y = new.zeta @ (xp.matrix_transpose(M) @ self.y)
         self.carry = E @ M
-        return step
+        return X
 
     def residuals(self) -> Array:
         """‖r_j‖ = ‖y e_j‖ of unit right-hand sides."""

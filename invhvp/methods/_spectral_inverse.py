@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .. import _backend, _linalg
+from .. import _arithmetic, _backend, _linalg
 from ..operators import LinearOperator, LowRank, PseudoInverse
 from ..operators.damping import smallest
 from ..operators.pseudo_inverse import kept_eigenvalues
@@ -47,7 +47,7 @@ class SpectralMap(LinearOperator):
 
     def _matmat(self, X: Array, /) -> Array:
         inside = _linalg.between(self.vectors, self._middle, X)
-        return inside + self._outside * X if self._outside else inside
+        return _arithmetic.add_scaled(inside, X, self._outside) if self._outside else inside
 
     def power(self, exponent: float) -> SpectralMap:
         """M to another power. Raises ValueError where M is not positive."""

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .. import _backend, _linalg, _tracing
-from ..operators.damping import shifted
+from ..operators.damping import plus_shifted
 from ..protocols import Array
 from ..solution import Solution, Status
 from ._inverse import pack_solution
@@ -46,7 +46,7 @@ def solve(run: Run, B: Array, x0: Array | None) -> Solution:
     inverse = run.inverse
 
     def product(X: Array) -> Array:
-        return inverse.outer._matmat(X) + shifted(X, inverse.outer_shift)
+        return plus_shifted(inverse.outer._matmat(X), X, inverse.outer_shift)
 
     def columns(rhs: Array) -> tuple[Array, tuple[Array, ...]]:
         return _solve_columns(run, rhs, x0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from .. import _backend, _linalg
+from .. import _backend, _lapack, _linalg
 from ..protocols import Array
 from ._krylov import Kernel, KrylovMethod, Look
 
@@ -125,14 +125,14 @@ class _DubrulleR(Kernel):
         K, _, ok = inverse_root(G, _backend.eps(P.dtype))
         inverse = xp.matrix_transpose(K) @ K  # G⁻¹
         scaled = K @ s.S
-        X = s.X + _linalg.combine(P, xp.matrix_transpose(K) @ scaled)
+        X = _linalg.add_combined(s.X, P, xp.matrix_transpose(K) @ scaled)
         energy = s.energy + xp.sum(scaled * scaled, axis=0)
 
-        E, T = self._orthonormalise(W - _linalg.combine(Q, inverse))
+        E, T = self._orthonormalise(_linalg.add_combined(W, Q, -inverse))
         residual = T @ s.S
         W_new, Z, T_m = self._m_orthonormalise(E)
         zeta = T if T_m is None else T_m @ T
-        P_new = Z + _linalg.combine(P, xp.matrix_transpose(zeta))
+        P_new = _linalg.add_combined(Z, P, xp.matrix_transpose(zeta))
         new = _State(
             X=X,
             W=W_new,
@@ -229,7 +229,7 @@ class _DubrulleR(Kernel):
         """The direction of least curvature in the span of P (n, 1); one product of the block."""
         G = _linalg.symmetric(_linalg.gram(s.P, self.product(s.P), reduce=self.reduce))
         d = _lengths(s.P, self.reduce)
-        _, V = _backend.eigh(G / (d[:, None] * d[None, :]))
+        _, V = _lapack.eigh(G / (d[:, None] * d[None, :]))
         return _linalg.combine(s.P, V[:, :1] / d[:, None])
 
     def suspects(self, s: _State) -> Array:
@@ -256,13 +256,13 @@ def inverse_root(G: Array, unit: float | None) -> tuple[Array, Array, Array]:
     """
     xp = _backend.namespace(G)
     scaled, d, good = _linalg.unit_diagonal(G)
-    L = _backend.cholesky(scaled)
+    L = _lapack.cholesky(scaled)
     plain = xp.all(xp.isfinite(L))
     if _backend.is_numpy(G) and bool(good & plain):
-        return _backend.inv_lower(L) / d, L.T * d, plain
+        return _lapack.inv_lower(L) / d, L.T * d, plain
     if unit is not None and not (_backend.is_numpy(G) and bool(plain)):
         shift = (2.0 * G.shape[0] * unit) * _linalg.identity_like(G)
-        L = xp.where(plain, L, _backend.cholesky(scaled + shift))
+        L = xp.where(plain, L, _lapack.cholesky(scaled + shift))
     ok = good & xp.all(xp.isfinite(L))
     L = xp.where(ok, L, _linalg.identity_like(G))  # keeps what follows finite
-    return _backend.inv_lower(L) / d[None, :], xp.matrix_transpose(L) * d[None, :], ok
+    return _lapack.inv_lower(L) / d[None, :], xp.matrix_transpose(L) * d[None, :], ok

@@ -93,8 +93,8 @@ class _ConjugateGradients(Kernel):
         good = pq > 0
         ok = (good | (idle & (s.rho == 0))) & xp.isfinite(pq)
         alpha = xp.where(good & ~idle, s.rho / xp.where(good, pq, one), 0.0 * one)
-        X = s.X + _linalg.scale_columns(s.P, alpha)
-        R = s.W - _linalg.scale_columns(Q, alpha)
+        X = _linalg.add_scaled(s.X, s.P, alpha)
+        R = _linalg.add_scaled(s.W, Q, -alpha)
         Z = self._m(R)
         rho = self._dot(R, Z)
         N = xp.sqrt(rho) if self.preconditioner is None else self._length(R)
@@ -103,7 +103,7 @@ class _ConjugateGradients(Kernel):
         new = _State(
             X=X,
             W=R,
-            P=Z + _linalg.scale_columns(s.P, beta),
+            P=_linalg.add_scaled(Z, s.P, beta),
             rho=rho,
             N=N,
             gamma=self._radau(s.gamma, alpha, beta),

@@ -121,15 +121,15 @@ class _MinimalResiduals(Kernel):
     def step(self, s: _State) -> _State:
         xp = _backend.namespace(s.beta)
         safe = xp.where(s.beta > 0, s.beta, xp.ones_like(s.beta))
-        scale = _linalg.scale_columns
+        scale, add = _linalg.scale_columns, _linalg.add_scaled
         v = scale(s.y, 1 / safe)
         q = self.product(v)
         y = q
         if s.started:
             old = xp.where(s.old_beta > 0, s.old_beta, xp.ones_like(s.beta))
-            y = y - scale(s.r1, s.beta / old)
+            y = add(y, s.r1, -s.beta / old)
         alpha = self._dot(v, y)
-        r2 = y - scale(s.r2, alpha / safe)
+        r2 = add(y, s.r2, -alpha / safe)
         y = self._m(r2)
         beta = self._length(r2, y)
 
@@ -142,7 +142,7 @@ class _MinimalResiduals(Kernel):
         cs, sn = gbar / gamma, beta / gamma
         phi = xp.where(moving, cs * s.phibar, 0.0 * s.phibar)
         phibar = xp.where(moving, sn * s.phibar, s.phibar)
-        w = scale(v - scale(s.w1, s.epsilon) - scale(s.w2, delta), 1 / gamma)
+        w = scale(add(add(v, s.w1, -s.epsilon), s.w2, -delta), 1 / gamma)
         safe_beta = xp.where(beta > 0, beta, xp.ones_like(beta))
         carried = xp.where(moving, sn * sn, xp.ones_like(sn))
         fresh = xp.where(moving & (beta > 0), phibar * cs / safe_beta, 0.0 * cs)
@@ -154,8 +154,8 @@ class _MinimalResiduals(Kernel):
         eps = _backend.eps(r2.dtype)
         stuck = moving & (gradient <= 10 * eps**0.5 * size) & (sn >= 1 - 1e3 * eps)
         new = _State(
-            X=s.X + scale(w, phi),
-            R=scale(s.R, carried) - scale(r2, fresh),
+            X=add(s.X, w, phi),
+            R=add(scale(s.R, carried), r2, -fresh),
             r1=s.r2,
             r2=r2,
             y=y,

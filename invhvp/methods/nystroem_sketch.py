@@ -15,6 +15,7 @@ from ..operators import LinearOperator, LowRank, as_operator
 from ..operators.damping import as_shift, shifted, smallest
 from ..protocols import Array, Damping
 from ..solution import ConvergenceError, ConvergenceWarning, Status
+from ._options import check_ranks
 from ._spectral_inverse import SpectralInverse, indefinite, truncated, woodbury
 from .direct import Singular, check_singular
 
@@ -174,13 +175,7 @@ def check_options(method: Any) -> None:
     if method.sketch not in get_args(Kind):
         msg = f"sketch must be one of {get_args(Kind)}, got {method.sketch!r}"
         raise ValueError(msg)
-    rank = method.rank
-    if rank != "adaptive" and (isinstance(rank, str) or rank < 1):
-        msg = f'rank must be at least 1 or "adaptive", got {rank!r}'
-        raise ValueError(msg)
-    if method.max_rank is not None and method.max_rank < 1:
-        msg = f"max_rank must be at least 1, got {method.max_rank}"
-        raise ValueError(msg)
+    check_ranks(method)
     if not (method.tol > 0 and math.isfinite(method.tol)):
         msg = f"tol must be finite and positive, got {method.tol}"
         raise ValueError(msg)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from .. import _backend
+from .. import _backend, _lapack
 from ..estimate.pivots import Pivots, pivots
 from ..gradients import GradientMatrix
 from ..operators import LinearOperator, as_operator
@@ -15,6 +15,7 @@ from ..operators.damping import as_shift, smallest
 from ..protocols import Array, Damping
 from ..solution import SingularError
 from ._fixed_map import MapInverse
+from ._options import check_ranks
 
 _ROUNDINGS = 3.0
 
@@ -61,18 +62,9 @@ class PivotedCholesky:
     rng: Any = 0
 
     def __post_init__(self) -> None:
-        if self.rank != "adaptive" and (
-            isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1
-        ):
-            msg = f'rank must be a positive integer or "adaptive", got {self.rank!r}'
-            raise ValueError(msg)
-        if (
-            isinstance(self.max_rank, bool)
-            or not isinstance(self.max_rank, int)
-            or self.max_rank < 1
-        ):
-            msg = f"max_rank must be a positive integer, got {self.max_rank!r}"
-            raise ValueError(msg)
+        check_ranks(self)
+        if self.max_rank is None:
+            raise ValueError("max_rank must be a positive integer, got None")
         if not self.tol >= 0:
             msg = f"tol must be at least 0, got {self.tol!r}"
             raise ValueError(msg)
@@ -117,7 +109,7 @@ class PivotedMap(LinearOperator):
             raise SingularError("PivotedCholesky needs damping > 0")
         super().__init__(A.shape[0], like=A.like, psd=True, layout=A.layout)
         self._rows, self._pivots, self._count = rows, pivots, count
-        values, self._V = _backend.eigh(pivots.inner)
+        values, self._V = _lapack.eigh(pivots.inner)
         host = np.maximum(_backend.to_host(values), 0.0) / count
         damping = max(damping, _ROUNDINGS * self._rounding(host))
         rest = damping + min(float(np.min(host, initial=np.inf)), pivots.rest / count)
@@ -141,8 +133,8 @@ class PivotedMap(LinearOperator):
         (L, y), (V, _), (inner, _) = (
             _backend.together(M, y) for M in (self._pivots.factor, self._V, self._inner)
         )
-        y = _backend.namespace(V).matrix_transpose(V) @ _backend.solve_lower(L, y)
-        y = _backend.solve_lower(L, V @ (inner * y), transpose=True)
+        y = _backend.namespace(V).matrix_transpose(V) @ _lapack.solve_lower(L, y)
+        y = _lapack.solve_lower(L, V @ (inner * y), transpose=True)
         return X / self._rest + self._rows.T @ _backend.lift(y, X)
 
     def with_shift(self, shift: Any) -> PivotedMap:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .. import _backend
+from .. import _arithmetic, _backend
 from ..layout import Layout
 from ..protocols import Array, Damping
 from .base import LinearOperator
@@ -91,6 +91,11 @@ def shifted(X: Array, shift: Any) -> Array:
     return shift[:, None] * X if by_block(shift) else shift * X
 
 
+def plus_shifted(AX: Array, X: Array, shift: Any) -> Array:
+    """AX + λ ∘ X for a block X (n, k)."""
+    return _arithmetic.add_scaled(AX, X, shift[:, None] if by_block(shift) else shift)
+
+
 class Damped(LinearOperator):
     """A + λI, or A + diag(λ) for block-wise damping. One product of A per product."""
 
@@ -101,7 +106,7 @@ class Damped(LinearOperator):
         self.processes = A.processes
 
     def _matmat(self, X: Array, /) -> Array:
-        return self.operator._matmat(X) + shifted(X, self.shift)
+        return plus_shifted(self.operator._matmat(X), X, self.shift)
 
     def _describe(self) -> str:
         return f"{self.operator!r} + {_text(self.shift)}"

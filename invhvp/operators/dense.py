@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .. import _backend, _linalg, _tracing
+from .. import _arithmetic, _backend, _linalg, _tracing
 from ..layout import Layout
 from ..protocols import Array, Damping
 from .algebra import checked_factor
@@ -37,7 +37,7 @@ class Dense(LinearOperator):
         self._M = M
 
     def _matmat(self, X: Array, /) -> Array:
-        return _backend.matmul(self._M, X)
+        return _arithmetic.matmul(self._M, X)
 
     def to_dense(self) -> Array:
         """The matrix itself, not a copy."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from .. import _backend, _linalg
+from .. import _arithmetic, _backend, _linalg
 from ..layout import Layout
 from ..protocols import Array, Damping
 from ..solution import SingularError
@@ -77,9 +77,9 @@ class EigenKronecker(LinearOperator):
     def diagonal(self) -> Array:
         """The diagonal (n,). Cost: o i (o + i) flops."""
         U, V = self.out_vectors, self.in_vectors
-        found = _backend.matmul(U * U, _backend.lift(self.eigenvalues, U))
+        found = _arithmetic.matmul(U * U, _backend.lift(self.eigenvalues, U))
         if V is not None:
-            found = _backend.matmul(found, _backend.namespace(V).matrix_transpose(V * V))
+            found = _arithmetic.matmul(found, _backend.namespace(V).matrix_transpose(V * V))
         return _backend.cast(_backend.namespace(U).reshape(found, (self._n,)), self.like)
 
     def trace(self) -> float:
@@ -183,9 +183,9 @@ def _rotated(U: Array | None, V: Array | None, B: Array, *, back: bool) -> Array
     k, o, i = B.shape
     if V is not None:
         right = xp.matrix_transpose(V) if back else V
-        B = xp.reshape(_backend.matmul(xp.reshape(B, (k * o, i)), right), (k, o, i))
+        B = xp.reshape(_arithmetic.matmul(xp.reshape(B, (k * o, i)), right), (k, o, i))
     if U is not None:
-        B = _backend.matmul(U if back else xp.matrix_transpose(U), B)
+        B = _arithmetic.matmul(U if back else xp.matrix_transpose(U), B)
     return B
 
 

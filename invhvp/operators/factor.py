@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .. import _backend
+from .. import _backend, _lapack
 from ..protocols import Array
 from ..solution import SingularError
 
@@ -21,7 +21,7 @@ class SymmetricFactor:
 
     def __init__(self, M: Array, what: str = "A + λI") -> None:
         xp = _backend.namespace(M)
-        self._L = _backend.cholesky(M)
+        self._L = _lapack.cholesky(M)
         self._eigen = None
         self.definite = True
         if _backend.is_tracing(M):
@@ -32,7 +32,7 @@ class SymmetricFactor:
         floor = np.sqrt(M.shape[0] * _backend.eps(M.dtype))
         if np.all(np.isfinite(look)) and look[0] > floor * look[1]:
             return
-        w, V = _backend.eigh(M)
+        w, V = _lapack.eigh(M)
         values = _backend.to_host(w)
         if not np.all(np.isfinite(values)):
             msg = f"{what} contains NaN or Inf"
@@ -51,7 +51,7 @@ class SymmetricFactor:
         """Eigenvalues ascending and eigenvectors of M; about 10 m³ flops, once."""
         if self._eigen is None:
             xp = _backend.namespace(self._L)
-            self._eigen = _backend.eigh(self._L @ xp.matrix_transpose(self._L))
+            self._eigen = _lapack.eigh(self._L @ xp.matrix_transpose(self._L))
         return self._eigen
 
     def logdet(self) -> float:
@@ -67,7 +67,7 @@ class SymmetricFactor:
         """M⁻¹B for a two-dimensional B in the precision of M."""
         if self._eigen is None:
             L, B = _backend.together(self._L, B)
-            return _backend.solve_lower(L, _backend.solve_lower(L, B), transpose=True)
+            return _lapack.solve_lower(L, _lapack.solve_lower(L, B), transpose=True)
         w, V = self._eigen
         V, B = _backend.together(V, B)
         w, B = _backend.together(w, B)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cached_property
 
-from .. import _backend, _linalg
+from .. import _arithmetic, _backend, _lapack, _linalg
 from ..layout import Layout
 from ..protocols import Array, Damping
 from .algebra import checked_factor
@@ -71,8 +71,8 @@ class Kronecker(LinearOperator):
         xp, (o, i) = _backend.namespace(X), self.block_shape
         B = blocks_of(X, self.block_shape, self.S)
         k = B.shape[0]
-        B = xp.reshape(_backend.matmul(xp.reshape(B, (k * o, i)), self.A), (k, o, i))
-        return columns_of(self.scale * _backend.matmul(self.S, B), X)
+        B = xp.reshape(_arithmetic.matmul(xp.reshape(B, (k * o, i)), self.A), (k, o, i))
+        return columns_of(self.scale * _arithmetic.matmul(self.S, B), X)
 
     def diagonal(self) -> Array:
         """The diagonal (n,)."""
@@ -162,12 +162,12 @@ def eigenbases(factors: dict[str, Array], *, unit: float = 0.0) -> dict[str, tup
     for name, M in small.items():
         groups.setdefault(M.shape[0], []).append(name)
     for names in groups.values():
-        if len(names) > 1 and _backend.gains_from_batched_eigh(small[names[0]]):
+        if len(names) > 1 and _lapack.gains_from_batched_eigh(small[names[0]]):
             xp = _backend.namespace(small[names[0]])
-            w, V = _backend.eigh(xp.stack([small[name] for name in names], axis=0))
+            w, V = _lapack.eigh(xp.stack([small[name] for name in names], axis=0))
             found |= {name: (w[j, :], V[j, :, :]) for j, name in enumerate(names)}
         else:
-            found |= {name: _backend.eigh(small[name]) for name in names}
+            found |= {name: _lapack.eigh(small[name]) for name in names}
     tolerance = {name: _tolerance(M, unit) for name, M in factors.items()}
     return {name: _clamped(name, small[name], *found[name], tolerance[name]) for name in factors}
 

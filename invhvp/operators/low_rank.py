@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from .. import _backend, _linalg
+from .. import _arithmetic, _backend, _lapack, _linalg
 from ..layout import Layout
 from ..protocols import Array, Damping
 from ..solution import SingularError
@@ -110,7 +110,7 @@ class LowRankInverse(LinearOperator):
 
     def _matmat(self, X: Array, /) -> Array:
         correction = _linalg.between(self._A.vectors, self._middle, X)
-        return correction if self._full else X / self._shift + correction
+        return correction if self._full else _arithmetic.add_scaled(correction, X, 1 / self._shift)
 
     def power(self, exponent: float, /) -> LinearOperator:
         """This inverse to a power. Raises ValueError if indefinite."""
@@ -143,10 +143,10 @@ class WoodburyInverse(LinearOperator):
 
     def __init__(self, A: LowRank, d: Array) -> None:
         DU = A.vectors / d[:, None]
-        L = _backend.cholesky(_linalg.symmetric(_linalg.gram(A.vectors, DU)))
+        L = _lapack.cholesky(_linalg.symmetric(_linalg.gram(A.vectors, DU)))
         xp = _backend.namespace(L)
         s, L = _backend.together(A._s, L)
-        k, V = _backend.eigh(xp.matrix_transpose(L) @ (s[:, None] * L))
+        k, V = _lapack.eigh(xp.matrix_transpose(L) @ (s[:, None] * L))
         self.definite = A.psd
         if not _backend.is_tracing(k):
             pivots = 1.0 + _backend.to_host(k)
@@ -157,7 +157,7 @@ class WoodburyInverse(LinearOperator):
             self.definite = bool(np.all(pivots > 0))
         super().__init__(A.shape[0], like=A.like, psd=self.definite, layout=A.layout)
         self._d = d[:, None]
-        self._F = _linalg.combine(DU, _backend.solve_lower(L, V, transpose=True))
+        self._F = _linalg.combine(DU, _lapack.solve_lower(L, V, transpose=True))
         self._middle = (k / (1.0 + k))[:, None]
 
     def _matmat(self, X: Array, /) -> Array:
@@ -175,5 +175,5 @@ def _orthonormal(U: Array, s: Array) -> tuple[Array, Array]:
     W, T = _linalg.cholqr(U)
     T, s = _backend.together(T, s)
     xp = _backend.namespace(T)
-    w, V = _backend.eigh((T * s[None, :]) @ xp.matrix_transpose(T))
+    w, V = _lapack.eigh((T * s[None, :]) @ xp.matrix_transpose(T))
     return _linalg.combine(W, V), w

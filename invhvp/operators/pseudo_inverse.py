@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .. import _backend, _linalg
+from .. import _backend, _lapack, _linalg
 from ..protocols import Array
 from ..solution import SingularError
 from .base import LinearOperator
@@ -72,7 +72,7 @@ def pseudo_inverse(A: LinearOperator) -> PseudoInverse:
     from .low_rank import LowRank  # which imports diagonals, which import this module
 
     matrix = _backend.to_small(A.to_dense())
-    w, V = _backend.eigh(_linalg.symmetric(matrix))
+    w, V = _lapack.eigh(_linalg.symmetric(matrix))
     host = np.asarray(_backend.to_host(w), dtype=np.float64)
     kept, truncation = kept_eigenvalues(host, A.shape[0], _backend.eps(A.dtype))
     xp = _backend.namespace(V)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from .. import _backend, _linalg
+from .. import _backend, _lapack, _linalg
 from ..gradients import GradientMatrix
 from ..protocols import Array, Damping
 from ..solution import SingularError
@@ -85,7 +85,7 @@ class RankOneMean(LinearOperator):
         G, c = self._gradients, self.count
         if self.shape[0] <= G.shape[0]:
             return pseudo_inverse(Dense(self.to_dense(), layout=self.layout, check=False))
-        w, V = _backend.eigh(_linalg.symmetric(_backend.to_small(G.gram())))
+        w, V = _lapack.eigh(_linalg.symmetric(_backend.to_small(G.gram())))
         host = _backend.to_host(w)
         kept, truncation = kept_eigenvalues(host / c, self.shape[0], _backend.eps(self.dtype))
         xp = _backend.namespace(w)
@@ -166,7 +166,7 @@ class SampleSpaceInverse(LinearOperator):
 
         Cost: some 10 N³ flops, no product.
         """
-        A, w, V = self.operator, *_backend.eigh(self._gram)
+        A, w, V = self.operator, *_lapack.eigh(self._gram)
         xp, cut = _backend.namespace(w), A.count * self.shift
         # ((s + λ)⁻ᵉ − λ⁻ᵉ)/s without cancellation where s = w/c is far below λ.
         ratio = xp.where(w > 0, w, xp.zeros_like(w)) / cut

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import invhvp as ih
-from invhvp import _backend
+from invhvp import _lapack
 
 
 def symmetric(*eigenvalues, seed=0):
@@ -227,11 +227,11 @@ def test_surrogate_and_fixed_are_approximate_and_measured(backend):
 
 
 def test_nan_factorisations_are_noticed(monkeypatch):
-    monkeypatch.setattr(_backend, "cholesky", lambda M: np.full_like(M, np.nan))
+    monkeypatch.setattr(_lapack, "cholesky", lambda M: np.full_like(M, np.nan))
     inverse = ih.Direct().prepare(ih.Dense(np.diag([1.0, 2.0])), damping=0.0)
     np.testing.assert_allclose(inverse @ np.ones(2), [1.0, 0.5])  # by eigenvectors
     monkeypatch.setattr(
-        _backend, "eigh", lambda M: (np.full(len(M), np.nan), np.full_like(M, np.nan))
+        _lapack, "eigh", lambda M: (np.full(len(M), np.nan), np.full_like(M, np.nan))
     )
     with pytest.raises(ih.SingularError, match="NaN"):
         ih.Direct().prepare(ih.Dense(np.diag([1.0, 2.0])), damping=0.0)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import invhvp as ih
-from invhvp import _backend
+from invhvp import _backend, _lapack
 from invhvp.estimate import block_errors
 from invhvp.layout import Block, Layout
 from invhvp.operators import CurvatureBlocks, kronecker
@@ -25,13 +25,13 @@ def dense(backend: Backend, K) -> np.ndarray:
 
 def test_one_eigendecomposition_serves_every_damping(backend: Backend, monkeypatch):
     seen = []
-    eigh = _backend.eigh
+    eigh = _lapack.eigh
 
     def counted(M):
         seen.append(M.shape)
         return eigh(M)
 
-    monkeypatch.setattr(_backend, "eigh", counted)
+    monkeypatch.setattr(_lapack, "eigh", counted)
     K = ih.Kronecker(*factors(backend), 0.5)
     M = dense(backend, K)
     inverse = ih.Direct().prepare(K, damping=1.0)
@@ -45,7 +45,7 @@ def test_one_eigendecomposition_serves_every_damping(backend: Backend, monkeypat
 
 @pytest.mark.parametrize("batched", [True, False])
 def test_factors_of_one_size_may_be_decomposed_together(backend: Backend, batched, monkeypatch):
-    monkeypatch.setattr(_backend, "gains_from_batched_eigh", lambda _: batched)
+    monkeypatch.setattr(_lapack, "gains_from_batched_eigh", lambda _: batched)
     matrices = {"a": matrix(2.0, 1.0, 0.0, seed=3), "b": matrix(1.0, 4.0, seed=4)}
     matrices["c"] = matrix(5.0, 0.2, 0.1, seed=5)
     found = kronecker.eigenbases({name: backend.asarray(M) for name, M in matrices.items()})

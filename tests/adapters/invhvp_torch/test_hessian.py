@@ -178,7 +178,7 @@ def test_small_batches_are_joined_as_far_as_they_stay_small(batch_size, monkeypa
     expected, _ = reference(model, cross_entropy, x, y)
     one = it.hessian(model, cross_entropy, loader)._bytes_per_sample
     for room, n_batches in ((1e9, 1), (5.5 * one, 2), (0, -(-7 // batch_size))):
-        monkeypatch.setattr(survey, "SMALL_BYTES", room)
+        monkeypatch.setattr(survey, "JOINED_BYTES", room)
         H = it.hessian(model, cross_entropy, loader)
         assert f"7 samples in {n_batches} batch" in repr(H)
         assert_close(H.to_dense(), expected)
