@@ -93,7 +93,7 @@ class Bridge:
             blocks = {name: self.gradients(block) for name, block in G.blocks.items()}
             return StackedGradients(blocks, layout=G.layout)
         if isinstance(G, OuterProductGradients):
-            d, a = self.from_torch(G.output_grads), self.from_torch(G.inputs)
+            d, a = self.from_torch(G.output_grads), self.from_torch(G.distinct_inputs)
             return OuterProductGradients(output_grads=d, inputs=a, layout=G.layout)
         if isinstance(G, EmbeddingGradients):
             d, indices = self.from_torch(G.output_grads), self.from_torch(G.indices)

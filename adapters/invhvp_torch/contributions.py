@@ -57,11 +57,9 @@ class Outer:
 
     def factored(self) -> GradientMatrix:
         """The factors, one pair of them a group."""
-        most = max(self.d.shape[0], self.a.shape[0])
-        d, a = (
-            t if t.shape[0] == most else t.repeat_interleave(most // t.shape[0], 0)
-            for t in (self.d, self.a)
-        )
+        d, a = self.d, self.a
+        if d.shape[0] < a.shape[0]:
+            d = d.repeat_interleave(a.shape[0] // d.shape[0], 0)
         if self.groups == 1:
             return OuterProductGradients(output_grads=d, inputs=a)
         pairs = zip(d.chunk(self.groups, 2), a.chunk(self.groups, 2), strict=True)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, TypeGuard
 
 from .. import _backend
 from ..layout import Layout
 from ..protocols import Array
-from . import _memory, _outer_grams, _sums
+from . import _memory, _outer_grams, _shared_inputs, _sums
 from ._check import check_data, check_kind, take_rows
 from .base import GradientMatrix
 
@@ -20,16 +21,18 @@ class OuterProductGradients(GradientMatrix):
 
     Args:
         output_grads: d, (N, T, o) or (N, o): derivatives of the loss in the layer's outputs.
-        inputs: a, (N, T, i) or (N, i): what the layer was applied to.
+        inputs: a, (N, T, i) or (N, i): what the layer was applied to. With N / C rows, each
+            serves C consecutive rows of d, as it does for the columns of a Jacobian.
         layout: names of the parameter blocks.
 
     A bias is a block of its own in `StackedGradients`: `DenseGradients` of Σ_t d_it. Samples of
     different length T are padded with zeros, which changes nothing.
 
     Raises TypeError for another kind, dtype or device, ValueError where N or T differ.
-    Cost: memory N T (o + i). A product takes 2 N T o i flops a column; a Gram matrix
-    2 N M T T' (o + i), a few milliseconds for T = 1 at any number of parameters. For T > 1 the
-    dense rows are formed, a bounded piece at a time, where flops and traffic say so.
+    Cost: memory N T (o + i). A product takes 2 N T o i flops a column, C times fewer where C rows
+    share their inputs; a Gram matrix 2 N M T T' (o + i), a few milliseconds for T = 1 at any
+    number of parameters. For T > 1 the dense rows are formed, a bounded piece at a time, where
+    flops and traffic say so.
 
     Example:
         >>> import numpy as np
@@ -46,17 +49,20 @@ class OuterProductGradients(GradientMatrix):
         check_data(output_grads, "output_grads", {2: "(N, o)", 3: "(N, T, o)"})
         check_data(inputs, "inputs", {2: "(N, i)", 3: "(N, T, i)"})
         check_kind(inputs, output_grads, "OuterProductGradients (output_grads)")
-        if output_grads.shape[:-1] != inputs.shape[:-1]:
+        N, each = output_grads.shape[0], output_grads.shape[0] // inputs.shape[0]
+        whole = each > 0 and each * inputs.shape[0] == N
+        if not whole or output_grads.shape[1:-1] != inputs.shape[1:-1]:
             msg = (
-                "output_grads and inputs must agree in all but their last axis, got shapes "
-                f"{tuple(output_grads.shape)} and {tuple(inputs.shape)}"
+                "output_grads and inputs must agree in all but their last axis, or the first must "
+                f"have several rows for each of the second, got shapes {tuple(output_grads.shape)} "
+                f"and {tuple(inputs.shape)}"
             )
             raise ValueError(msg)
         if output_grads.ndim == 2:
             output_grads, inputs = output_grads[:, None, :], inputs[:, None, :]
-        self._d, self._a = output_grads, inputs
+        self._d, self._distinct, self._each = output_grads, inputs, each
+        self._repeated = inputs if each == 1 else None
         self._o, self._i = output_grads.shape[2], inputs.shape[2]
-        N = output_grads.shape[0]
         super().__init__(N, self._o * self._i, like=output_grads, layout=layout)
 
     @property
@@ -66,8 +72,13 @@ class OuterProductGradients(GradientMatrix):
 
     @property
     def inputs(self) -> Array:
-        """a, (N, T, i)."""
+        """a, (N, T, i), repeated where several rows share one."""
         return self._a
+
+    @property
+    def distinct_inputs(self) -> Array:
+        """The inputs as they were given, (N / C, T, i) where C rows share one."""
+        return self._distinct
 
     @property
     def block_shape(self) -> tuple[int, int]:
@@ -77,11 +88,19 @@ class OuterProductGradients(GradientMatrix):
     @property
     def nbytes(self) -> int:
         """Bytes of d and a."""
-        return self._n_terms * (self._o + self._i) * _memory.itemsize(self._like)
+        numbers = self._o + self._i // self._each
+        return self._n_terms * numbers * _memory.itemsize(self._like)
 
     @property
     def _n_terms(self) -> int:
         return self._n_samples * self._length
+
+    @property
+    def _a(self) -> Array:
+        if self._repeated is None:
+            xp = _backend.namespace(self._distinct)
+            self._repeated = xp.repeat(self._distinct, self._each, axis=0)
+        return self._repeated
 
     @property
     def _length(self) -> int:
@@ -100,7 +119,12 @@ class OuterProductGradients(GradientMatrix):
         return xp.reshape(rows, self.shape)
 
     def _take(self, rows: slice) -> OuterProductGradients:
-        return self._with(take_rows(self._d, rows), take_rows(self._a, rows))
+        d = take_rows(self._d, rows)
+        if self._each > 1 and isinstance(rows, slice) and rows.step in (None, 1):
+            each, (start, stop, _) = self._each, rows.indices(len(self))
+            if start % each == stop % each == 0 and start < stop:
+                return self._with(d, self._distinct[start // each : stop // each, :, :])
+        return self._with(d, take_rows(self._a, rows))
 
     @classmethod
     def _join(cls, matrices: Sequence[Any]) -> OuterProductGradients:
@@ -113,13 +137,14 @@ class OuterProductGradients(GradientMatrix):
                 )
                 raise ValueError(msg)
         xp, length = _backend.namespace(first._d), max(G._length for G in matrices)
+        shared = len({G._each for G in matrices}) == 1
         return first._with(
             xp.concat([_padded(G._d, length) for G in matrices], axis=0),
-            xp.concat([_padded(G._a, length) for G in matrices], axis=0),
+            xp.concat([_padded(G._distinct if shared else G._a, length) for G in matrices], axis=0),
         )
 
     def _scaled(self, factor: float) -> OuterProductGradients:
-        return self._with(factor * self._d, self._a)
+        return self._with(factor * self._d, self._distinct)
 
     # --------------------------------------------------------------------------------- products
 
@@ -128,7 +153,10 @@ class OuterProductGradients(GradientMatrix):
             return super()._matmat(V)
         xp = _backend.namespace(V)
         groups = _memory.spans(V.shape[1], self._n_parameters, V)  # what reshaping may copy
-        columns = [self._contract(V[:, c]) for c in groups]
+        contract = self._contract
+        if self._each > 1:
+            contract = partial(_shared_inputs.matmat, self._d, self._distinct)
+        columns = [contract(V[:, c]) for c in groups]
         return xp.concat(columns, axis=1) if len(columns) > 1 else columns[0]
 
     def _contract(self, V: Array) -> Array:
@@ -156,6 +184,8 @@ class OuterProductGradients(GradientMatrix):
         k = U.shape[1]
         if self._dense_pays(k, passes_of_result=3):
             return super()._rmatmat(U)
+        if self._each > 1:
+            return _shared_inputs.rmatmat(self._d, self._distinct, U)
         xp, total = _backend.namespace(U), None
         o, i = self._o, self._i
         for rows in _memory.spans(self._n_samples, self._length * min(o, i) * k, U):
@@ -180,6 +210,9 @@ class OuterProductGradients(GradientMatrix):
             return False
         chunks = len(_memory.spans(N, p, self._like))
         factored = _memory.cost(2 * N * T * (p + short) * k, 2 * N * T * short * k + 2 * p * k)
+        if self._each > 1:
+            moved = 2 * (N // self._each) * T * self._o * k + 2 * p * k
+            factored = _memory.cost(_shared_inputs.flops(self._d, self._distinct, k), moved)
         dense = _memory.cost(2 * N * p * (T + k), 2 * N * p + chunks * passes_of_result * p * k)
         return dense < factored
 
@@ -206,7 +239,7 @@ class OuterProductGradients(GradientMatrix):
         return isinstance(other, OuterProductGradients) and other.block_shape == self.block_shape
 
     def _widened(self) -> OuterProductGradients:
-        return self._with(_sums.wide(self._d), _sums.wide(self._a))
+        return self._with(_sums.wide(self._d), _sums.wide(self._distinct))
 
     def row_norms(self) -> Array:
         """Euclidean norms of the rows, (N,)."""

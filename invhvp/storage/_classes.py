@@ -64,7 +64,7 @@ register(_Aliased, _pack_aliased, _aliased)
 register(gradients.DenseGradients, lambda G: {"rows": G._rows, "layout": G.layout})
 register(
     gradients.OuterProductGradients,
-    lambda G: {"output_grads": G.output_grads, "inputs": G.inputs, "layout": G.layout},
+    lambda G: {"output_grads": G.output_grads, "inputs": G.distinct_inputs, "layout": G.layout},
 )
 register(
     gradients.EmbeddingGradients,

@@ -49,6 +49,24 @@ def outer(T: int | None, o: int, i: int) -> Callable[..., Made]:
     return make
 
 
+def shared(T: int | None, o: int, i: int) -> Callable[..., Made]:
+    """Two rows for each of the inputs where N is even, N rows for one of them where it is odd."""
+
+    def make(backend: Backend, rng: np.random.Generator, N: int) -> Made:
+        axes, distinct = () if T is None else (T,), N // 2 if N % 2 == 0 else 1
+        d = rounded(backend, rng.standard_normal((N, *axes, o)))
+        a = rounded(backend, rng.standard_normal((distinct, *axes, i)))
+        G = OuterProductGradients(
+            output_grads=backend.asarray(d),
+            inputs=backend.asarray(a),
+            layout=Layout.from_shapes({"all": (o, i)}),
+        )
+        d, a = d.reshape(N, T or 1, o), np.repeat(a, N // distinct, 0).reshape(N, T or 1, i)
+        return G, np.einsum("nto,nti->noi", d, a).reshape(N, o * i)
+
+    return make
+
+
 def embedding(T: int | None, n_rows: int, size: int) -> Callable[..., Made]:
     """Few rows for many positions: most of them are looked up again and again."""
 
@@ -122,6 +140,8 @@ CASES = [
     Case("outer-T1-tall", outer(1, 11, 3)),
     Case("outer-T5-wide", outer(5, 3, 40)),
     Case("outer-T5-tall", outer(5, 40, 3)),
+    Case("shared-flat", shared(None, 3, 11)),
+    Case("shared-T5-tall", shared(5, 11, 3)),
     Case("embedding-flat", embedding(None, 5, 3)),
     Case("embedding-T6", embedding(6, 9, 4)),
     Case("stacked", stacked(None)),
@@ -132,6 +152,7 @@ CASES = [
 NUMPY_CASES = [
     *CASES,
     Case("outer-T5-small", outer(5, 3, 4)),
+    Case("streamed-shared", streamed(shared(None, 3, 4))),
     Case("streamed-dense", streamed(dense)),
     Case("embedding-T9", embedding(9, 3, 2)),
     Case("streamed-embedding", streamed(embedding(6, 9, 4))),

@@ -146,3 +146,30 @@ def test_rescaling_needs_names():
     layout = Layout.from_shapes({"top": (1, 2), "rest": (2, 2)})
     with pytest.raises(TypeError, match="block of StackedGradients"):
         outer(np.ones((2, 3)), np.ones((2, 2)), layout=layout).rescaled({"top": 1.0, "rest": 2.0})
+
+
+def test_rows_that_share_inputs_keep_them_once_through_slices_joins_and_multiples():
+    rng = np.random.default_rng(0)
+    d, a = rng.standard_normal((60, 4)), rng.standard_normal((12, 5))
+    G = outer(d, a)
+    rows = (d[:, :, None] * np.repeat(a, 5, 0)[:, None, :]).reshape(60, 20)
+    assert G.distinct_inputs.shape == (12, 1, 5)
+    assert G.inputs.shape == (60, 1, 5)
+    assert G.nbytes == d.nbytes + a.nbytes
+    joined = concatenate([G[10:30], G[30:45]._scaled(2.0)])
+    assert isinstance(joined, OuterProductGradients)
+    assert joined.distinct_inputs.shape == (7, 1, 5)
+    np.testing.assert_allclose(joined.to_dense()[:20], rows[10:30])
+    np.testing.assert_allclose(joined.to_dense()[20:], 2 * rows[30:45])
+    unaligned = G[3:17]
+    assert isinstance(unaligned, OuterProductGradients)
+    assert unaligned.distinct_inputs.shape == (14, 1, 5)
+    np.testing.assert_allclose(unaligned.to_dense(), rows[3:17])
+    np.testing.assert_allclose(concatenate([G, unaligned]).to_dense()[60:], rows[3:17])
+
+
+def test_rows_that_do_not_share_evenly_are_refused():
+    with pytest.raises(ValueError, match="several rows for each of the second"):
+        outer(np.ones((7, 2)), np.ones((3, 2)))
+    with pytest.raises(ValueError, match="several rows for each of the second"):
+        outer(np.ones((3, 2)), np.ones((6, 2)))
