@@ -1,4 +1,4 @@
-"""Convolutions for several vectors: more images, or more channels, of one convolution.
+"""Convolutions and pooling for several vectors: more images, or more channels, of one of them.
 
 Each of the three maps of a convolution (forward, to the input, to the weight) is bilinear. The
 vectors merge with the samples where the weight is a constant, and with the channels of the
@@ -7,14 +7,60 @@ operand that varies where the samples are.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
 
+from invhvp._blas import multiply
+
 from .columns import Columns, Scratch
 
 aten = torch.ops.aten
+
+_SMALL_PLANE = 64  # numbers of the smaller plane, up to which the product was the faster one
+
+
+def pooling(function: Any) -> Callable[..., Columns]:
+    """A rule for the mean over windows, or for its transpose, of every plane.
+
+    Small planes are multiplied by the matrix of that map: more arithmetic, and several times as
+    fast as a kernel that walks from number to number.
+    """
+    on_all = on_images(function)
+
+    def rule(scratch: Scratch, x: Columns, *args: Any) -> Columns:
+        t, other = x.tensor, None
+        if isinstance(args[0], torch.Tensor | Columns):  # what was pooled, in the transpose
+            other = tuple(args[0].shape[-2:])
+        small = min(math.prod(x.shape[-2:]), math.prod(other or (_SMALL_PLANE,))) <= _SMALL_PLANE
+        if t.ndim != 5 or x.axis > 2 or t.device.type != "cpu" or not small:
+            return on_all(scratch, x, *args)
+        settings = tuple(tuple(a) if isinstance(a, list) else a for a in args[other is not None :])
+        matrix, shape = _matrix(function, tuple(x.shape[-2:]), other, settings, t.dtype)
+        rows = t.reshape(-1, len(matrix))
+        out = scratch.empty((len(rows), matrix.shape[1]), t)
+        return Columns(multiply(rows, matrix, out).reshape(*t.shape[:3], *shape), x.axis)
+
+    return rule
+
+
+@lru_cache(maxsize=32)
+def _matrix(
+    function: Any,
+    plane: tuple[int, int],
+    other: tuple[int, int] | None,
+    settings: tuple[Any, ...],
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Size]:
+    """What becomes of each plane that is one at a place and else zero, and its shape."""
+    n = math.prod(plane)
+    ones = torch.eye(n, dtype=dtype).reshape(n, 1, *plane)
+    pooled = () if other is None else (ones.new_zeros(n, 1, *other),)
+    found = function(ones, *pooled, *settings)
+    return found.reshape(n, -1), found.shape[-2:]
 
 
 def on_images(function: Any) -> Callable[..., Columns]:

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from invhvp._blas import multiply
 
-from .column_convolutions import convolution, convolution_backward, on_images
+from .column_convolutions import convolution, convolution_backward, pooling
 from .columns import Columns, Scratch
 from .evaluation import quiet_vmap
 
@@ -265,8 +265,8 @@ RULES: dict[Any, Rule] = {
     aten.bmm.default: _bilinear(_bmm_both, _bmm_right, _bmm_left),
     aten.convolution.default: convolution,
     aten.convolution_backward.default: convolution_backward,
-    aten.avg_pool2d.default: on_images(aten.avg_pool2d.default),
-    aten.avg_pool2d_backward.default: on_images(aten.avg_pool2d_backward.default),
+    aten.avg_pool2d.default: pooling(aten.avg_pool2d.default),
+    aten.avg_pool2d_backward.default: pooling(aten.avg_pool2d_backward.default),
 }
 VIEWS = frozenset(
     {

@@ -31,6 +31,16 @@ def _backward(which, g, x, w, *, stride=1, padding=0):
     return torch.ops.aten.convolution_backward.default(g, x, w, None, *settings, mask)[which]
 
 
+def _pooled_back(g, side, kernel, stride=None, padding=0):
+    """The transpose of pooling images of that side, of g."""
+    side = side if isinstance(side, tuple) else (side, side)
+    x = _rand(*g.shape[:2], *side)
+    stride = kernel if stride is None else stride
+    return torch.ops.aten.avg_pool2d_backward(
+        g, x, [kernel] * 2, [stride] * 2, [padding] * 2, False, True, None
+    )
+
+
 FUNCTIONS = {
     "constant @ v": ((4, 5), lambda v: X @ v),
     "constant @ v.T": ((5, 4), lambda v: X @ v.t()),
@@ -62,6 +72,16 @@ FUNCTIONS = {
     "through v, to the input": ((5, 3, 3, 3), lambda v: _backward(0, G, IMAGES, v)),
     "through v, to the weight": ((2, 3, 7, 7), lambda v: _backward(1, G, v, KERNEL)),
     "pooling": ((2, 3, 6, 6), lambda v: F.avg_pool2d(v, 2)),
+    "pooling, with borders": ((2, 3, 5, 7), lambda v: F.avg_pool2d(v, 3, 2, 1, ceil_mode=True)),
+    "pooling of large images": ((2, 1, 20, 20), lambda v: F.avg_pool2d(v, 2)),
+    "pooling of one image": ((3, 6, 6), lambda v: F.avg_pool2d(v, 2)),
+    "pooling of channels last": (
+        (2, 6, 6, 3),
+        lambda v: F.avg_pool2d(v.permute(0, 3, 1, 2), 2, count_include_pad=False),
+    ),
+    "back through pooling": ((2, 3, 3, 3), lambda v: _pooled_back(v, 6, 2)),
+    "back through pooling with borders": ((2, 3, 3, 4), lambda v: _pooled_back(v, (5, 7), 3, 2, 1)),
+    "back through pooling of large images": ((2, 1, 10, 10), lambda v: _pooled_back(v, 20, 2)),
 }  # fmt: skip
 
 
