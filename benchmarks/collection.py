@@ -1,7 +1,7 @@
 """Scores of a whole collection: time, memory and error, against pyDVL's sequential calculator.
 
-Every contender runs in a process of its own. pyDVL runs in an interpreter of its own: set
-INVHVP_PYDVL_PYTHON to one that has it; otherwise its rows say why they are missing.
+Every contender runs in a process of its own. pyDVL has an interpreter of its own, which
+INVHVP_PYDVL_PYTHON names or the full run makes; otherwise its rows say why they are missing.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ class Grid:
     rank: int = 100
 
 
+PEER = "pyDVL"  # in an interpreter of its own
 FULL = Grid(cases=(Case(),))
 QUICK = Grid(
     cases=(Case(widths=(64, 16, 10), n_train=200, n_test=20, train_batch=50, test_batch=10),),

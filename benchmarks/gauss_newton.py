@@ -1,7 +1,7 @@
 """Solves and scores with the empirical Fisher matrix of a network: kept factors against pyDVL.
 
-pyDVL, whose name for the matrix is Gauss–Newton, runs in an interpreter of its own: set
-INVHVP_PYDVL_PYTHON to one that has it (and torch); otherwise its rows say why they are missing.
+pyDVL, whose name for the matrix is Gauss–Newton, runs in an interpreter of its own, which
+INVHVP_PYDVL_PYTHON names or the full run makes; otherwise its rows say why they are missing.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ class Grid:
     rtol: float = 1e-4
 
 
+PEER = "pyDVL"  # in an interpreter of its own
 FULL = Grid(cases=(Case(), Case(damping=1e-3)))
 QUICK = Grid(
     cases=(Case(widths=(64, 16, 10), n_train=200, k=4),), repeats=1, max_seconds=5.0, maxiter=10
@@ -166,6 +167,27 @@ def markdown(found: list[dict[str, Any]]) -> str:
             lines.append([row["method"], *times, ratio, *errors, row["said"]])
         parts += [f"## {case}, λ = {damping:.0e}", report.table(head, lines)]
     return "\n\n".join(parts)
+
+
+def paragraph(found: list[dict[str, Any]]) -> str:
+    """For the README: solutions and scores beside pyDVL's, at the first damping."""
+    (_, group), *_ = report.grouped(found, "damping")
+    rows = {row["method"]: row for row in group}
+
+    def clock(name: str) -> str:
+        return f"{rows[name]['processor_seconds']:.2g} s"
+
+    own, other = rows["SampleSpace, factors kept"], rows["pyDVL block CG"]
+    if other["seconds"] is None:
+        raise ValueError(f"there is no row of pyDVL to compare with: {other['said']}")
+    return (
+        f"On a {own['case']} (one thread, λ = {own['damping']:g}, processor seconds from the model "
+        f"on) all solutions with their certificates took {clock('SampleSpace, factors kept')}, to "
+        f"a true residual of {own['true_residual']:.0e}; pyDVL's block CG took "
+        f"{clock('pyDVL block CG')} and ended at {other['true_residual']:.2g}: with several "
+        "right-hand sides at once it solves with another matrix. Scores with all training samples "
+        f"took {clock('scores, SampleSpace')}, against {clock('scores, pyDVL block CG')}"
+    )
 
 
 _LEGEND = """\

@@ -1,8 +1,8 @@
 """One product with the Hessian of a network, for 1, 16 and 64 vectors, against other libraries.
 
 Each contender is a process of its own, all with the same model, data and vectors; they take turns
-product by product, so that a busy machine is busy for all. pyDVL needs an interpreter that has it
-(and torch): set INVHVP_PYDVL_PYTHON; otherwise its rows say why they are missing.
+product by product, so that a busy machine is busy for all. pyDVL has an interpreter of its own,
+which INVHVP_PYDVL_PYTHON names or the full run makes; otherwise its rows say why they are missing.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ class Grid:
 
 
 _ALL = ("logistic", "mlp", "wide mlp", "cnn", "transformer")
+PEER = "pyDVL"  # in an interpreter of its own
 FULL = Grid(cases=tuple(Case(network=name) for name in _ALL))
 QUICK = Grid(
     cases=(Case(network="logistic", n_train=300, columns=(1, 4)),), max_seconds=1.0, turns=3
@@ -179,6 +180,28 @@ def _error(Y: np.ndarray, exact: np.ndarray) -> float:
     exact = exact[:, : Y.shape[1]]
     away = np.linalg.norm(Y - exact, axis=0) / np.linalg.norm(exact, axis=0)
     return float(away.max())
+
+
+def sentence(found: list[dict[str, Any]]) -> str:
+    """For the README: how many comparisons were lost, to whom."""
+    networks, columns, lost, compared = set(), set(), [], 0
+    for (case, k), group in report.grouped(found, "case", "k"):
+        timed = {row["method"]: row["seconds"] for row in group if row["seconds"] is not None}
+        own = timed.pop("invhvp")
+        networks.add(case)
+        columns.add(k)
+        compared += len(timed)
+        lost += [(method, case.split(",")[0], k, s / own) for method, s in timed.items() if s < own]
+    *counts, last = (str(k) for k in sorted(columns))
+    vectors = f"{', '.join(counts)} and {last} vectors" if counts else f"{last} vector"
+    text = (
+        f"Of {compared} comparisons with pyDVL and curvlinops "
+        f"({len(networks)} networks; {vectors}) "
+    )
+    if not lost:
+        return text + "none was lost"
+    listed = (f"{case}, {k} at once, to {m}: {ratio:.2g} ×" for m, case, k, ratio in lost)
+    return text + f"{len(lost)} {'was' if len(lost) == 1 else 'were'} lost ({'; '.join(listed)})"
 
 
 _COMPARED = 2  # columns of a product that are compared with float64

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import io
 import json
 import math
 import re
@@ -10,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from invhvp.plots._axes import PALETTE, clean
+from invhvp_demo import files
 
 from . import report
 from .peers import environments
@@ -104,13 +107,22 @@ def _cases(rows: list[dict[str, Any]]) -> Iterator[tuple[str, list[dict[str, Any
             yield f"{TITLES[matrix]}, {name}, λ = {damping:.0e}\n{size}", group
 
 
+def shown(content: dict[str, Any]) -> bool:
+    """Whether there is anything to draw."""
+    return any(True for _ in _cases(content["rows"]))
+
+
 def save(content: dict[str, Any], path: Path = PICTURE) -> None:
-    """The same bytes for the same results."""
-    figure(content).savefig(path, dpi=150, metadata={"Software": None})
+    """The same bytes for the same results, complete or not at all."""
+    drawn = io.BytesIO()
+    figure(content).savefig(drawn, format="png", dpi=150, metadata={"Software": None})
+    files.write(path, drawn.getvalue())
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Draw the published results again."""
+    about = "python -m benchmarks.plots: draw benchmarks/results/peers.png again"
+    argparse.ArgumentParser(description=about).parse_args(arguments)
     save(json.loads((report.RESULTS / "peers.json").read_text(encoding="utf-8")))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -254,9 +255,32 @@ def markdown(found: list[dict[str, Any]]) -> str:
         for (label,), mine in report.grouped(group, "preconditioner"):
             cells = {(row["damping"], row["rtol"]): row for row in mine}
             fit = mine[0]["fit_seconds"]
-            lines.append([label, *(_cell(cells[c]) for c in columns), f"{fit:.2g}" if fit else ""])
+            texts = (_cell(cells[c]) if c in cells else "–" for c in columns)  # "–": ended before
+            lines.append([label, *texts, f"{fit:.2g}" if fit else ""])
         parts.append(report.table(head, lines))
     return "\n\n".join(parts)
+
+
+def summary(found: list[dict[str, Any]], damping: float = 1e-2) -> str:
+    """For the README: passes to all tolerances at one damping, the fewest in bold."""
+    chosen = [row for row in found if math.isclose(row["damping"], damping)]
+    labels = list(dict.fromkeys(row["preconditioner"] for row in chosen))
+    lines = []
+    for (case, curvature), group in report.grouped(chosen, "case", "curvature"):
+        cells = {label: [] for label in labels}
+        for row in sorted(group, key=lambda row: -row["rtol"]):
+            cells[row["preconditioner"]].append(row["passes"] if row["reached"] else None)
+        counts = [list(passes) for passes in cells.values() if passes and None not in passes]
+        best = min(counts, key=sum)
+        lines.append([f"{curvature}, {case}", *(_passes(cells[label], best) for label in labels)])
+    return report.table(["", *labels], lines)
+
+
+def _passes(passes: list[int | None], best: list[int]) -> str:
+    if not passes:
+        return "–"
+    text = " / ".join("–" if n is None else str(n) for n in passes)
+    return f"**{text}**" if passes == best else text
 
 
 _LEGEND = """\

@@ -1,30 +1,32 @@
-"""python -m benchmarks.readme: write the README's table, and the picture beside the results that
-it is made from; nothing is typed.
+"""python -m benchmarks.readme: write the README's tables and numbers, and the picture beside the
+results that they are made from; nothing is typed.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
+import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import plots, report
-from .peers.tables import GOALS, TITLES, Fastest, fastest, name
+from invhvp_demo import files
+
+from . import gauss_newton, hessian_products, plots, preconditioners, report
+from .peers.tables import GOALS, TITLES, Fastest, fastest, name, nobody
 
 README = Path(__file__).parents[1] / "README.md"
-SECTION = re.compile(r"(<!-- peers -->\n).*?(<!-- /peers -->)", re.DOTALL)
 
 
-def table(content: dict[str, Any]) -> str:
+def table(rows: list[dict[str, Any]]) -> str:
     """A line for each problem: ours, the fastest other library, and the ratio of seconds."""
     lines = []
-    for (case, matrix, damping), group in report.grouped(
-        content["rows"], "case", "matrix", "damping"
-    ):
+    for (case, matrix, damping), group in report.grouped(rows, "case", "matrix", "damping"):
         line = [f"{TITLES[matrix]}, {case}, λ = {damping:.0e}"]
         for goal in GOALS:
-            line += _cells(fastest(group, goal))
+            line += _cells(fastest(group, goal), nobody(group))
         lines.append(line)
     head = ["problem"]
     for goal in GOALS:
@@ -32,10 +34,10 @@ def table(content: dict[str, Any]) -> str:
     return report.table(head, lines)
 
 
-def _cells(found: Fastest) -> list[str]:
+def _cells(found: Fastest, nobody: str) -> list[str]:
     own, other, borrower = found
     mine = "–" if own is None else f"{own['seconds']:.2g} s, {own['method']}"
-    theirs = "none" if other is None else f"{other['seconds']:.2g} s, {name(other)}"
+    theirs = nobody if other is None else f"{other['seconds']:.2g} s, {name(other)}"
     ratio = "–" if own is None or other is None else _ratio(other, own)
     if own is not None and borrower is not None:
         ratio += f" ({borrower['seconds'] / own['seconds']:.2g})"
@@ -47,19 +49,42 @@ def _ratio(other: dict[str, Any], own: dict[str, Any]) -> str:
     return f"**{ratio}**" if other["seconds"] > own["seconds"] else ratio
 
 
-def written(text: str, content: dict[str, Any]) -> str:
-    """The README's text with the table of these results."""
-    if not SECTION.search(text):
-        raise ValueError("the README has no <!-- peers --> section")
-    return SECTION.sub(lambda found: found[1] + table(content) + "\n" + found[2], text)
+def _wrapped(sentences: Callable[[list[dict[str, Any]]], str]) -> Section:
+    return lambda rows: textwrap.fill(sentences(rows) + ".", 100, break_on_hyphens=False)
 
 
-def main() -> None:
+Section = Callable[[list[dict[str, Any]]], str]
+SECTIONS: dict[str, Section] = {
+    "peers": table,
+    "hessian-products": _wrapped(hessian_products.sentence),
+    "gauss-newton": _wrapped(gauss_newton.paragraph),
+    "preconditioners": preconditioners.summary,
+}
+
+
+def written(text: str, results: dict[str, list[dict[str, Any]]]) -> str:
+    """The README's text with what these rows of suites say, each between its two marks."""
+    for suite, rows in results.items():
+        pattern = re.compile(rf"(<!-- {suite} -->\n).*?(<!-- /{suite} -->)", re.DOTALL)
+        if not pattern.search(text):
+            raise ValueError(f"the README has no <!-- {suite} --> section")
+        said = SECTIONS[suite](rows)
+        text = pattern.sub(lambda found, said=said: found[1] + said + "\n" + found[2], text)
+    return text
+
+
+def main(arguments: list[str] | None = None) -> None:
     """Rewrite the README in place, and draw the picture."""
-    content = json.loads((report.RESULTS / "peers.json").read_text(encoding="utf-8"))
+    argparse.ArgumentParser(prog="python -m benchmarks.readme", description=__doc__).parse_args(
+        arguments
+    )
+    contents = {
+        suite: json.loads((report.RESULTS / f"{suite}.json").read_text(encoding="utf-8"))
+        for suite in SECTIONS
+    }
     text = README.read_text(encoding="utf-8")
-    README.write_text(written(text, content), encoding="utf-8")
-    plots.save(content)
+    files.write(README, written(text, {name: c["rows"] for name, c in contents.items()}))
+    plots.save(contents["peers"])
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime as dt
 import importlib.metadata
-import json
 import math
 import os
 import platform
@@ -42,21 +41,6 @@ def write(folder: Path, kind: str, content: dict[str, Any], text: str) -> list[P
     files.write_json(paths[0], content)
     files.write(paths[1], text + "\n")
     return paths
-
-
-def kept(folder: Path, kind: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of earlier results of the same schema, of cases that are not among `rows`."""
-    path = folder / f"{kind}.json"
-    if not path.exists():
-        return []
-    found = json.loads(path.read_text(encoding="utf-8"))
-    fresh = {_case(row) for row in rows}
-    same = found.get("schema") == f"{SCHEMA}/{kind}"
-    return [row for row in found["rows"] if same and _case(row) not in fresh]
-
-
-def _case(row: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(row.get(key) for key in ("case", "matrix", "damping"))
 
 
 def machine() -> dict[str, Any]:
@@ -101,16 +85,29 @@ def versions() -> dict[str, str]:
 def circumstances(content: dict[str, Any]) -> str:
     """One line under the tables."""
     m = content["machine"]
-    threads = ", ".join(f"{k}={v}" for k, v in m["threads"].items()) or "threads not limited"
-    libraries = ", ".join(f"{k} {v}" for k, v in content["versions"].items())
+    several = "several"  # null where the rows of a file differ; see `keeping`
+    threads = m["threads"]
+    if threads is not None:
+        threads = ", ".join(f"{k}={v}" for k, v in threads.items()) or "threads not limited"
+    libraries = ", ".join(f"{k} {v}" for k, v in content["versions"].items() if v is not None)
     plain = {k: v for k, v in content["settings"].items() if isinstance(v, (int, float))}
     settings = ", ".join(f"{k.replace('_', ' ')} {v:g}" for k, v in plain.items() if k != "quick")
+    dates = sorted({row["circumstances"]["date"] for row in content["rows"] if _dated(row)})
+    date = f"{dates[0]} to {dates[-1]}" if len(dates) > 1 else content["date"]
+    name = m.get("processor", "")
     return (
-        f"{content['date']}, {m['system']} {m['architecture']}, {m['processors']} processors "
-        f"({m.get('processor') or 'unnamed'}), "
-        f"{threads}, Python {m['python']}, {m['blas']}, {libraries}. Settings: {settings}. "
+        f"{date}, {m['system'] or several} {m['architecture'] or ''}, "
+        f"{m['processors'] or several} processors "
+        f"({several if name is None else name or 'unnamed'}), "
+        f"{threads or 'several settings of threads'}, Python {m['python'] or several}, "
+        f"{m['blas'] or 'several BLAS'}, {libraries or 'several versions'}. "
+        f"Settings: {settings or several}. "
         "Times are of a shared machine: trust ratios within a row, not seconds."
     )
+
+
+def _dated(row: dict[str, Any]) -> bool:
+    return bool(row.get("circumstances", {}).get("date"))
 
 
 def said(solution: Any) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import ast
+import importlib
 import json
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -215,6 +217,120 @@ def test_a_path_of_dampings_is_recomputed(tmp_path: Path) -> None:
         assert row["ratio"] == pytest.approx(row["path_seconds"] / row["one_seconds"])
 
 
+@pytest.mark.parametrize("kind", ["hessian", "ggn", "fisher"])
+def test_the_reference_is_checked_by_plain_torch(kind: str) -> None:
+    given = judge.problem(peers.Case(network="diabetes", n_train=20, dtype="float64", k=3), 8)
+    p = judge.wide(given)
+    A = judge.curvature(p, kind)
+    judge.check_operator(A, p, kind)
+    with pytest.raises(ValueError, match="is not the product by plain PyTorch"):
+        judge.check_operator(1.0001 * A, p, kind)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+@pytest.mark.parametrize("kind", ["ggn", "fisher"])
+@pytest.mark.parametrize(
+    ("side", "method"),
+    [
+        ("torch_side", "CG by hand to 1e-6"),
+        ("ours_side", "SciPy CG to 1e-6"),
+        ("lineax_side", "CG to 1e-6 on invhvp's operator"),
+    ],
+)
+def test_conjugate_gradients_of_others_reach_their_goal(side: str, method: str, kind: str) -> None:
+    if side == "lineax_side":
+        pytest.importorskip("lineax")
+    case = peers.Case(network="diabetes", matrix=kind, n_train=20, dtype="float64", k=3)
+    given = judge.problem(case, 8)
+    contenders = importlib.import_module(f"benchmarks.peers.{side}").CONTENDERS
+    answer = contenders[f"{kind}: {method}"](judge.wide(given))()
+    assert judge.Judge(given, kind).metrics(answer)["residual"] <= 2e-6
+
+
+@pytest.mark.parametrize("kind", ["hessian", "ggn", "fisher"])
+def test_peers_with_conjugate_gradients_are_asked_for_both_goals(kind: str) -> None:
+    for peer in environments.PEERS:
+        names = [name for name in peers.contenders(peer) if name.startswith(f"{kind}: ")]
+        asked_for = [name for name in names if "to 1e-3" in name and "CG" in name]
+        if peer.name in ("torch", "curvlinops") or (peer.name == "pyDVL" and kind == "fisher"):
+            assert asked_for
+            assert {name.replace("1e-3", "1e-6") for name in asked_for} <= {*names, *_SCORES}
+
+
+_SCORES = ("fisher: scores, block CG to 1e-6",)  # of another matrix, whatever its goal
+
+
+def test_answers_that_are_not_finite_are_far_off(diabetes: judge.Judge) -> None:
+    scores = (diabetes.train @ diabetes.exact).T.clone()
+    scores[0, 0] = float("nan")
+    assert diabetes.metrics({"scores": scores})["score_error"] == float("inf")
+
+
+def test_a_library_that_could_not_be_run_is_not_beaten() -> None:
+    own = {"library": "invhvp", "method": "m", "seconds": 2.0, "residual": 1e-4}
+    missing = {
+        "library": "dattri",
+        "method": "everything",
+        "failed": "pip could not install dattri",
+    }
+    slow = {"library": "pyDVL", "method": "CG", "failed": "over the cap of 60 s"}
+    broken = {"library": "torch", "method": "CG", "failed": "did not start: ImportError"}
+    start = "To a true residual of 1e-03, m takes 2 s, and no other library "
+    assert tables.best([own, missing, broken]) == start + "could be run (dattri, torch)."
+    assert tables.best([own, slow]) == start + "gets there within the cap."
+    said = "gets there within the cap (dattri could not be run)."
+    assert tables.best([own, slow, missing]) == start + said
+    assert tables.best([own]) == start + "could be run (none was asked for)."
+
+
+@pytest.fixture
+def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Commands that would make an environment, in place of running them."""
+    commands: list[list[str]] = []
+
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        commands.append(command)
+        (tmp_path / "peer" / "bin").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "peer" / "bin" / "python").touch()
+        return subprocess.CompletedProcess(command, 1 if "unknown==2" in command else 0)
+
+    monkeypatch.setattr(environments, "CACHE", tmp_path)
+    monkeypatch.setattr(environments.subprocess, "run", run)
+    return commands
+
+
+def test_an_environment_is_made_anew_for_other_requirements(
+    tmp_path: Path, made: list[list[str]]
+) -> None:
+    peer = environments.Peer("peer", "side", ("known==1", "torch"))
+    marker = tmp_path / "peer" / "complete"
+    assert environments.interpreter(peer) == str(tmp_path / "peer" / "bin" / "python")
+    assert [command[1:3] for command in made] == [["-m", "venv"], ["-m", "pip"]]
+    version = torch.__version__.split("+")[0]
+    assert marker.read_text() == f"known==1\ntorch=={version}\n"
+    environments.interpreter(peer)
+    assert len(made) == 2
+    environments.interpreter(replace(peer, requires=("known==2",)))
+    assert [command[1:3] for command in made[2:]] == [["-m", "venv"], ["-m", "pip"]]
+    assert marker.read_text() == "known==2\n"
+
+
+def test_an_empty_marker_is_filled_if_pip_has_nothing_to_add(
+    tmp_path: Path, made: list[list[str]]
+) -> None:
+    marker = tmp_path / "peer" / "complete"
+    marker.parent.mkdir()
+    marker.touch()
+    environments.interpreter(environments.Peer("peer", "side", ("known==1",)))
+    (asked_pip,) = made
+    assert {"--dry-run", "--no-index"} <= set(asked_pip)
+    assert marker.read_text() == "known==1\n"
+    marker.write_text("")
+    environments.interpreter(environments.Peer("peer", "side", ("unknown==2",)))
+    assert [command[2] for command in made[1:]] == ["pip", "venv", "pip"]
+    assert marker.read_text() == "unknown==2\n"
+
+
 def solved(library: str, seconds: float, residual: float | None) -> dict[str, object]:
     where = {"case": "net, p = 3, N = 9, 2 right-hand sides, float64", "matrix": "ggn"}
     row = {**where, "damping": 0.1, "library": library, "method": "m", "seconds": seconds}
@@ -251,5 +367,8 @@ def test_a_panel_for_each_case_with_solutions(tmp_path: Path) -> None:
 
 def test_the_readme_has_the_measured_table() -> None:
     text = readme.README.read_text(encoding="utf-8")
-    content = json.loads((report.RESULTS / "peers.json").read_text(encoding="utf-8"))
-    assert readme.written(text, content) == text, "run: python -m benchmarks.readme"
+    found = {
+        suite: json.loads((report.RESULTS / f"{suite}.json").read_text(encoding="utf-8"))["rows"]
+        for suite in readme.SECTIONS
+    }
+    assert readme.written(text, found) == text, "run: python -m benchmarks.readme"

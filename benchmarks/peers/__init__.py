@@ -9,9 +9,12 @@ row that says so.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
+import math
 import os
+import signal
 import statistics
 import subprocess
 import tempfile
@@ -78,9 +81,37 @@ QUICK = Grid(
 def options(parser: argparse.ArgumentParser) -> None:
     """What may be asked of every case, beside what is published."""
     add = parser.add_argument
-    add("--k", type=int, nargs="+", metavar="K", help="numbers of right-hand sides")
-    add("--damping", type=float, nargs="+", metavar="λ", help="dampings, in place of a case's own")
+    add("--k", type=_count, nargs="+", metavar="K", help="numbers of right-hand sides")
+    add(
+        "--damping",
+        type=_damping,
+        nargs="+",
+        metavar="λ",
+        help="dampings, in place of a case's own",
+    )
     add("--dtype", nargs="+", choices=("float32", "float64"), help="in place of a case's own")
+
+
+def _count(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        msg = f"{text!r} is given; an integer of at least 1 is allowed"
+        raise argparse.ArgumentTypeError(msg)
+    return value
+
+
+def _damping(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value >= 0):
+        msg = f"{text!r} is given; a finite number of at least 0 is allowed"
+        raise argparse.ArgumentTypeError(msg)
+    return value
 
 
 def varied(cases: tuple[Case, ...], asked: argparse.Namespace) -> tuple[Case, ...]:
@@ -105,15 +136,24 @@ def _case(case: Case, grid: Grid) -> Iterator[dict[str, Any]]:
 
     from . import judge
 
-    where = {"case": case.network, "matrix": case.matrix, "damping": case.damping}
+    name = f"{case.network}, {case.k} right-hand sides, {case.dtype}"
+    where = {"case": name, "matrix": case.matrix, "damping": case.damping}
     try:
         given = judge.problem(case, grid.batch)
-    except ModuleNotFoundError as error:  # of its data
-        missing = f"{error}: pip install 'invhvp[bench]'"
-        yield {**where, "library": "all", "method": "methods", "failed": missing}
+        samples = len(given["test"][0])
+        if samples < case.k:
+            failed = f"{case.k} right-hand sides are asked of {samples} test samples"
+            yield {**where, "library": "all", "method": "methods", "failed": failed}
+            return
+        where["case"] = judge.described(given)
+        judged = judge.Judge(given, case.matrix)
+    except Exception as error:
+        said = str(error).strip().splitlines()[:1] or [type(error).__name__]
+        if isinstance(error, ModuleNotFoundError):  # of its data
+            said.append("pip install 'invhvp[bench]'")
+        failed = ": ".join(said)
+        yield {**where, "library": "all", "method": "methods", "failed": failed}
         return
-    judged = judge.Judge(given, case.matrix)
-    where["case"] = judge.described(given)
     seen: dict[tuple[str, str], list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "problem.pt"
@@ -134,12 +174,22 @@ def _case(case: Case, grid: Grid) -> Iterator[dict[str, Any]]:
                 for row in _run(peer, case, path, Path(folder), grid, again):
                     answer = row.pop("where", None)
                     if answer is not None:
-                        loaded = torch.load(answer, weights_only=False)
-                        row.update(judged.metrics(loaded, row["name"].split(": ", 1)[-1]))
-                        Path(answer).unlink()
+                        row.update(_judged(judged, Path(answer), row["name"].split(": ", 1)[-1]))
                     seen.setdefault((peer.name, row["name"]), []).append(row)
     for (owner, name), found in seen.items():
         yield {**where, "library": owner, "method": name.split(": ", 1)[-1], **_merged(found)}
+
+
+def _judged(judge: Any, answer: Path, name: str) -> dict[str, Any]:
+    """What is true of an answer in a file, which is removed."""
+    import torch
+
+    try:
+        return judge.metrics(torch.load(answer, weights_only=False), name)
+    except Exception as error:
+        return {"failed": f"cannot be judged: {type(error).__name__}: {error}"[:160]}
+    finally:
+        answer.unlink()
 
 
 def _total(row: dict[str, Any]) -> float:
@@ -170,18 +220,36 @@ def _run(
     if not names:
         return []
     command = [python, here / "worker.py", peer.side, problem, folder, str(grid.max_seconds)]
-    done = subprocess.run(
-        [*map(str, command), *names],
-        capture_output=True,
+    try:
+        out, errors = _output([*map(str, command), *names], environment, folder)
+    except OSError as error:
+        failed = f"{python} cannot be started: {error.strerror or error}"
+        if peer.requires is not None:
+            failed += f"; see INVHVP_{peer.name.upper()}_PYTHON"
+        return [{"name": f"{case.matrix}: everything", "failed": failed}]
+    found = [json.loads(line[4:]) for line in out.splitlines() if line.startswith("ROW ")]
+    missing = [name for name in names if name not in {row["name"] for row in found}]
+    last = (errors.strip().splitlines() or ["no output"])[-1]
+    return found + [{"name": name, "failed": f"did not start: {last[:160]}"} for name in missing]
+
+
+def _output(command: list[str], environment: dict[str, str], folder: Path) -> tuple[str, str]:
+    """What a worker prints; it and the contender that it has forked end with us."""
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
         env=environment,
-        check=False,
         cwd=folder,
-    )
-    found = [json.loads(line[4:]) for line in done.stdout.splitlines() if line.startswith("ROW ")]
-    missing = [name for name in names if name not in {row["name"] for row in found}]
-    last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-    return found + [{"name": name, "failed": f"did not start: {last[:160]}"} for name in missing]
+        start_new_session=True,  # a process group of its own
+    ) as worker:
+        try:
+            return worker.communicate()
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # all have ended
+                os.killpg(worker.pid, signal.SIGKILL)
+            worker.wait()  # which Popen does not at an interrupt
 
 
 def contenders(peer: environments.Peer) -> list[str]:
@@ -193,7 +261,7 @@ def contenders(peer: environments.Peer) -> list[str]:
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
             target = node.targets[0]
             if isinstance(target, ast.Name) and target.id == "CONTENDERS":
-                return [k.value for k in node.value.keys if isinstance(k, ast.Constant)]
+                return [str(k.value) for k in node.value.keys if isinstance(k, ast.Constant)]
     msg = f"{peer.side} has no table CONTENDERS"
     raise ValueError(msg)
 
@@ -209,8 +277,9 @@ def _our_folders() -> list[str]:
 def _merged(found: list[dict[str, Any]]) -> dict[str, Any]:
     """Medians and the spread over the rounds; accuracy of the last."""
     good = [row for row in found if "failed" not in row]
+    having = {"with": found[-1]["with"]} if "with" in found[-1] else {}
     if not good:
-        return {"failed": found[-1]["failed"]}
+        return {"failed": found[-1]["failed"], **having}
     totals = sorted(_total(row) for row in good)
     return {
         "fit": statistics.median(row["fit"] for row in good),
@@ -222,4 +291,5 @@ def _merged(found: list[dict[str, Any]]) -> dict[str, Any]:
         "peak_mib": max(row["peak_mib"] for row in good),
         **{name: good[-1].get(name) for name in _ACCURACY},
         "said": good[-1].get("said", ""),
+        **having,
     }

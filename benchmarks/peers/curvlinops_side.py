@@ -72,16 +72,26 @@ def _kronecker(kind: Any, **options: Any) -> Any:
     return prepare
 
 
+def _to(tolerance: float) -> dict[str, Any]:
+    """Its linear_cg leaves a column, or takes a step of zero, where squares fall below 1e-10: by
+    default it stalls near a residual of 1e-5, so that a goal needs these too.
+    """
+    tiny = 1e-30
+    return {"tolerance": tolerance, "max_iter": 10_000, "eps": tiny, "stop_updating_after": tiny}
+
+
 CONTENDERS = {
     "hessian: CGInverse, defaults": _cg(HessianLinearOperator),
-    "hessian: CGInverse to 1e-3": _cg(HessianLinearOperator, tolerance=1e-3, max_iter=10_000),
-    "hessian: CGInverse to 1e-6": _cg(HessianLinearOperator, tolerance=1e-6, max_iter=10_000),
+    "hessian: CGInverse to 1e-3": _cg(HessianLinearOperator, **_to(1e-3)),
+    "hessian: CGInverse to 1e-6": _cg(HessianLinearOperator, **_to(1e-6)),
     "hessian: Neumann 100": _neumann,
     "hessian: K-FAC": _kronecker(KFACLinearOperator, fisher_type="type-2"),
     "hessian: EKFAC": _kronecker(EKFACLinearOperator, fisher_type="type-2"),
-    "ggn: CGInverse to 1e-3": _cg(GGNLinearOperator, tolerance=1e-3, max_iter=10_000),
+    "ggn: CGInverse to 1e-3": _cg(GGNLinearOperator, **_to(1e-3)),
+    "ggn: CGInverse to 1e-6": _cg(GGNLinearOperator, **_to(1e-6)),
     "ggn: K-FAC": _kronecker(KFACLinearOperator, fisher_type="type-2"),
     "ggn: EKFAC": _kronecker(EKFACLinearOperator, fisher_type="type-2"),
-    "fisher: CGInverse to 1e-3": _cg(EFLinearOperator, tolerance=1e-3, max_iter=10_000),
+    "fisher: CGInverse to 1e-3": _cg(EFLinearOperator, **_to(1e-3)),
+    "fisher: CGInverse to 1e-6": _cg(EFLinearOperator, **_to(1e-6)),
     "fisher: EKFAC": _kronecker(EKFACLinearOperator, fisher_type="empirical"),
 }

@@ -52,23 +52,31 @@ def interpreter(peer: Peer) -> str:
     folder = CACHE / peer.name
     python = folder / "bin" / "python"
     done = folder / "complete"
-    if not done.exists():
+    # The same PyTorch as the harness has: its speed is not what is compared.
+    wanted = [_pinned(item) for item in peer.requires]
+    asked = "".join(f"{item}\n" for item in wanted)
+    made_for = done.read_text(encoding="utf-8") if done.exists() else None
+    if made_for == asked and python.exists():
+        return str(python)
+    install = [str(python), "-m", "pip", "install", "--quiet"]
+    # Markers were empty once: such an environment is kept if pip finds nothing to add.
+    if made_for != "" or not _succeeds([*install, "--dry-run", "--no-index", *wanted]):
         try:
             subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
-            # The same PyTorch as the harness has: its speed is not what is compared.
-            wanted = [_pinned(item) for item in peer.requires]
-            subprocess.run(
-                [str(python), "-m", "pip", "install", "--quiet", *wanted],
-                check=True,
-                capture_output=True,
-                text=True,
-            )
+            subprocess.run([*install, *wanted], check=True, capture_output=True, text=True)
         except subprocess.CalledProcessError as error:
             reason = (error.stderr or str(error)).strip().splitlines()[-1]
             msg = f"pip could not install {peer.name}: {reason}"
             raise UnavailableError(msg) from None
-        done.touch()
+    done.write_text(asked, encoding="utf-8")
     return str(python)
+
+
+def _succeeds(command: list[str]) -> bool:
+    try:
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+    except OSError:  # no such interpreter any more
+        return False
 
 
 def _pinned(requirement: str) -> str:

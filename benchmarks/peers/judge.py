@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 import invhvp as ih
 import invhvp_torch as it
 
+from . import torch_side
 from .networks import LOSSES, NETWORKS, Problem
 
 _DENSE = 6000  # parameters up to which the matrix is formed
@@ -77,6 +79,26 @@ def curvature(p: Problem, kind: str) -> Any:
     return build(p.model, p.loss, p.train)
 
 
+def check_operator(A: Any, p: Problem, kind: str) -> None:
+    """Raise unless a product of ours is that of plain PyTorch: all are judged by ours."""
+    v = torch.randn(p.n_parameters, generator=torch.Generator().manual_seed(0)).double()
+    expected = torch.zeros_like(v)
+    for x, y in p.loader():
+        if kind == "fisher":
+            rows = torch_side.gradient_rows(p, x, y)
+            expected += rows.T @ (rows @ v) / len(p.train[0])
+        else:
+            by = {"hessian": torch_side.hessian_product, "ggn": torch_side.gauss_newton_product}
+            with warnings.catch_warnings():  # torch.func.jvp still scripts at its first call
+                warnings.simplefilter("ignore", DeprecationWarning)
+                expected += by[kind](p, x, y, v) * (len(x) / len(p.train[0]))
+    off = float((A @ v - expected).norm() / expected.norm())
+    if not off <= 1e-8:
+        name, given = type(A).__name__, p.given["network"]
+        msg = f"{name} v of {given} is not the product by plain PyTorch ({kind}): {off:.1e} off"
+        raise ValueError(msg)
+
+
 def residual(A: Any, B: Any, X: Any, damping: float) -> float:
     """The largest ‖b − (A + λI)x‖/‖b‖ of all columns."""
     X = X.double()
@@ -90,6 +112,7 @@ class Judge:
     def __init__(self, given: dict[str, Any], kind: str) -> None:
         p = wide(given)
         self.A = curvature(p, kind)
+        check_operator(self.A, p, kind)
         self.n = self.A.shape[0]
         self.damping = given["damping"]
         self.B = p.gradients().T
@@ -156,6 +179,8 @@ class Judge:
         return float(np.sqrt(wrong / right))
 
     def _of_scores(self, scores: Any) -> dict[str, float]:
+        if not bool(torch.isfinite(scores).all()):
+            return {"score_error": float("inf"), "spearman": float("nan")}
         pairs = zip(scores.numpy().T, self.scores.numpy().T, strict=True)
         ranks = [scipy.stats.spearmanr(a, b).statistic for a, b in pairs]
         return {"score_error": _error(scores, self.scores), "spearman": float(np.mean(ranks))}

@@ -15,20 +15,20 @@ import invhvp_torch as it
 _LARGEST = 50_000  # parameters: every product crosses to NumPy and back
 
 
-def _cg(rtol: float) -> Any:
+def _cg(build: Any, rtol: float) -> Any:
     def prepare(problem: Any) -> Any:
         n = problem.n_parameters
         if n > _LARGEST:
             msg = f"not tried for p > {_LARGEST:,}: products cross from JAX to PyTorch and back"
             raise ValueError(msg)
         jax.config.update("jax_enable_x64", True)
-        H = it.hessian(problem.model, problem.loss, problem.train, array_namespace=np)
+        M = build(problem.model, problem.loss, problem.train, array_namespace=np)
         # In float32 it takes pᵀAp below 100·n·eps for zero, which ends in NaN for such a λ.
         like = jax.ShapeDtypeStruct((n,), jnp.float64)
 
         def host(V: Any) -> np.ndarray:
             V = np.asarray(V)  # (k, n) under vmap
-            return (H @ V.T.astype(H.dtype)).T + problem.damping * V
+            return (M @ V.T.astype(M.dtype)).T + problem.damping * V
 
         def product(v: Any) -> Any:
             shape = jax.ShapeDtypeStruct(v.shape, v.dtype)
@@ -56,4 +56,10 @@ def _cg(rtol: float) -> Any:
     return prepare
 
 
-CONTENDERS = {"hessian: CG to 1e-3 on invhvp's operator": _cg(1e-3)}
+CONTENDERS = {
+    "hessian: CG to 1e-3 on invhvp's operator": _cg(it.hessian, 1e-3),
+    "ggn: CG to 1e-3 on invhvp's operator": _cg(it.gauss_newton, 1e-3),
+    "ggn: CG to 1e-6 on invhvp's operator": _cg(it.gauss_newton, 1e-6),
+    "fisher: CG to 1e-3 on invhvp's operator": _cg(it.empirical_fisher, 1e-3),
+    "fisher: CG to 1e-6 on invhvp's operator": _cg(it.empirical_fisher, 1e-6),
+}

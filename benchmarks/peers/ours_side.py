@@ -13,9 +13,9 @@ import invhvp as ih
 import invhvp_torch as it
 
 
-def _curvature(problem: Any, kind: str) -> Any:
+def _curvature(problem: Any, kind: str, **options: Any) -> Any:
     build = {"hessian": it.hessian, "ggn": it.gauss_newton, "fisher": it.empirical_fisher}[kind]
-    return build(problem.model, problem.loss, problem.train)
+    return build(problem.model, problem.loss, problem.train, **options)
 
 
 def _solved(inverse: Any, problem: Any) -> Any:
@@ -71,15 +71,15 @@ def _kronecker(build: Any, **options: Any) -> Any:
     return prepare
 
 
-def _scipy(rtol: float) -> Any:
+def _scipy(kind: str, rtol: float) -> Any:
     def prepare(problem: Any) -> Any:
-        H = it.hessian(problem.model, problem.loss, problem.train, array_namespace=np)
-        n = H.shape[0]
+        M = _curvature(problem, kind, array_namespace=np)
+        n = M.shape[0]
 
         def product(v: Any) -> Any:
-            return H @ v + problem.damping * v
+            return M @ v + problem.damping * v
 
-        A = scipy.sparse.linalg.LinearOperator((n, n), matvec=product, dtype=H.dtype)
+        A = scipy.sparse.linalg.LinearOperator((n, n), matvec=product, dtype=M.dtype)
 
         def solve() -> Any:
             G = problem.gradients().numpy()
@@ -153,15 +153,19 @@ CONTENDERS = {
     "hessian: InverseHarmonicMean": _method("fisher", ih.InverseHarmonicMean()),
     "hessian: K-FAC": _kronecker(it.kfac),
     "hessian: EKFAC": _kronecker(it.ekfac),
-    "hessian: SciPy CG to 1e-3": _scipy(1e-3),
-    "hessian: SciPy CG to 1e-6": _scipy(1e-6),
+    "hessian: SciPy CG to 1e-3": _scipy("hessian", 1e-3),
+    "hessian: SciPy CG to 1e-6": _scipy("hessian", 1e-6),
     "ggn: SampleSpace": _method("ggn", ih.SampleSpace()),
     "ggn: BlockCG to 1e-3": _method("ggn", _block(1e-3)),
+    "ggn: SciPy CG to 1e-3": _scipy("ggn", 1e-3),
+    "ggn: SciPy CG to 1e-6": _scipy("ggn", 1e-6),
     "ggn: K-FAC": _kronecker(it.kfac),
     "ggn: EKFAC": _kronecker(it.ekfac),
     "ggn: EKFAC, signs": _kronecker(it.ekfac, fisher="sign"),
     "fisher: SampleSpace": _method("fisher", ih.SampleSpace()),
     "fisher: BlockCG to 1e-3": _method("fisher", _block(1e-3)),
+    "fisher: SciPy CG to 1e-3": _scipy("fisher", 1e-3),
+    "fisher: SciPy CG to 1e-6": _scipy("fisher", 1e-6),
     "fisher: InverseHarmonicMean": _method("fisher", ih.InverseHarmonicMean()),
     "fisher: InverseHarmonicMean by parameter": _method(
         "fisher", ih.InverseHarmonicMean(block="layer")

@@ -95,6 +95,8 @@ CONTENDERS = {
     "fisher: block CG, defaults": _block(second_order_mode=FISHER),
     "fisher: block CG to 1e-3": _block(maxiter=200, **TO_1E3, second_order_mode=FISHER),
     "fisher: block CG to 1e-3, one by one": _fisher(_one_by_one, TO_1E3),
+    "fisher: block CG to 1e-6": _block(maxiter=200, **TO_1E6, second_order_mode=FISHER),
+    "fisher: block CG to 1e-6, one by one": _fisher(_one_by_one, TO_1E6),
     "fisher: InverseHarmonicMean": _model(InverseHarmonicMeanInfluence),
     "fisher: scores, block CG to 1e-3": _fisher(_scores, TO_1E3),
     "fisher: scores, block CG to 1e-3, one by one": _fisher(_scores_one_by_one, TO_1E3),

@@ -31,7 +31,7 @@ def best(group: list[dict[str, Any]]) -> str:
             continue
         text = f"to a true residual of {goal:.0e}, {own['method']} takes {own['seconds']:.2g} s"
         if found.other is None:
-            text += ", and no other library gets there within the cap"
+            text += f", and {absent(group)}"
         for row, start in (
             (found.other, "the fastest of other libraries"),
             (found.borrower, "the fastest that borrows our operator"),
@@ -67,6 +67,38 @@ def _against_the_nearest(group: list[dict[str, Any]], key: str, title: str) -> l
 
 
 GOALS = (1e-3, 1e-6)
+
+
+# What says in `failed` that a library was not installed, or could not be started.
+_NOT_RUN = ("pip could not install", "did not start", "cannot be started")
+
+
+def absent(group: list[dict[str, Any]]) -> str:
+    """Why no other library has reached an accuracy: it did not, or none was there to try."""
+    ran, missing = _tried(group)
+    if not ran:
+        return f"no other library could be run ({', '.join(missing) or 'none was asked for'})"
+    text = "no other library gets there within the cap"
+    return f"{text} ({', '.join(missing)} could not be run)" if missing else text
+
+
+def nobody(group: list[dict[str, Any]]) -> str:
+    """The same in a word or two."""
+    ran, missing = _tried(group)
+    if not ran:
+        return "not run"
+    return f"none ({', '.join(missing)} not run)" if missing else "none"
+
+
+def _tried(group: list[dict[str, Any]]) -> tuple[list[str], list[str]]:
+    """Other libraries of which something was run, and those of which nothing could be."""
+    tried: dict[str, bool] = {}
+    for row in group:
+        if row["library"] not in ("invhvp", "lineax"):
+            failed = row.get("failed", "")
+            run = not any(text in failed for text in _NOT_RUN)
+            tried[row["library"]] = tried.get(row["library"], False) or run
+    return [name for name, run in tried.items() if run], [n for n, run in tried.items() if not run]
 
 
 class Fastest(NamedTuple):

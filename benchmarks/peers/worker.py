@@ -7,7 +7,9 @@ or crashes takes nothing along, and its peak of memory is its own.
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import json
+import math
 import os
 import resource
 import signal
@@ -16,6 +18,17 @@ import time
 import traceback
 import warnings
 from pathlib import Path
+
+# What pip calls the library of a side.
+DISTRIBUTIONS = {
+    "ours_side": "invhvp",
+    "torch_side": "torch",
+    "lineax_side": "lineax",
+    "pydvl_side": "pydvl",
+    "curvlinops_side": "curvlinops-for-pytorch",
+    "dattri_side": "dattri",
+    "kronfluence_side": "kronfluence",
+}
 
 
 def main() -> None:
@@ -30,9 +43,22 @@ def main() -> None:
     side = importlib.import_module(library)
     given = torch.load(problem_path, weights_only=False)
     chosen = names or list(side.CONTENDERS)
+    having = versions(library)
     for name in chosen:
         row = forked(side, Problem(given), name, Path(out), float(cap))
+        row["with"] = having
         print("ROW " + json.dumps(row), flush=True)
+
+
+def versions(side: str) -> dict:
+    """Of the library and of the PyTorch in this interpreter, which may be another than ours."""
+    found = {}
+    for name in dict.fromkeys((DISTRIBUTIONS.get(side, "torch"), "torch")):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:  # of a folder on the path
+            found[name] = str(getattr(sys.modules.get(name), "__version__", "unknown"))
+    return found
 
 
 def forked(side, problem, name: str, folder: Path, cap: float) -> dict:
@@ -43,30 +69,52 @@ def forked(side, problem, name: str, folder: Path, cap: float) -> dict:
     child = os.fork()
     if child == 0:
         os.close(read)
-        limit = int(cap) + 10  # seconds of the processor, with those of warming up
-        resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the end at the cap leaves no file
+        limit_processor(cap + 10)  # for warming up
         before = peak_bytes()
-        said = run(side, problem, name, where)
+        said = run(side, problem, name, where, cap)
         said["peak_mib"] = max(0, peak_bytes() - before) / 2**20
         os.write(write, json.dumps(said).encode())
         os._exit(0)
     os.close(write)
+    patience, waited = 10 * cap + 60, False
     while True:
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:
             break
-        if time.perf_counter() - started > 10 * cap + 60:  # waits for something
+        if time.perf_counter() - started > patience:  # waits for something
+            waited = True
             os.kill(child, signal.SIGKILL)
         time.sleep(0.002)
     with os.fdopen(read, "rb") as pipe:
         text = pipe.read()
-    died = status & 127
-    over = f"over the cap of {cap:.0f} s"
-    said = over if died in (signal.SIGXCPU, signal.SIGKILL) else f"died of signal {died}"
-    row = json.loads(text) if text else {"failed": said}
+    row = json.loads(text) if text else {"failed": how_it_ended(status & 127, cap, waited)}
     if "failed" in row:
         return {"name": name, **row}
     return {"name": name, **row, "where": str(where)}
+
+
+def how_it_ended(died: int, cap: float, waited: bool) -> str:
+    """In words; a SIGKILL that is not ours is the kernel's, as a rule for want of memory."""
+    if waited:
+        return f"did not end in {10 * cap + 60:g} s, at a cap of {cap:g} s of the processor"
+    if died == signal.SIGXCPU:
+        return over(cap)
+    return "killed (out of memory?)" if died == signal.SIGKILL else f"died of signal {died}"
+
+
+def over(cap: float) -> str:
+    return f"over the cap of {cap:g} s"
+
+
+def limit_processor(seconds: float | None) -> None:
+    """End this process after so many more seconds of the processor; with None, not any more."""
+    hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+    soft = hard
+    if seconds is not None:
+        soft = math.ceil(time.process_time() + seconds)  # the kernel counts in whole seconds
+        soft = soft if hard == resource.RLIM_INFINITY else min(soft, hard)
+    resource.setrlimit(resource.RLIMIT_CPU, (soft, hard))
 
 
 def peak_bytes() -> int:
@@ -94,11 +142,12 @@ def warm_up(contender, problem) -> None:
         signal.alarm(0)
 
 
-def run(side, problem, name: str, where: Path) -> dict:
+def run(side, problem, name: str, where: Path, cap: float) -> dict:
     """Fit and solve, in seconds of the processor; the answer is saved outside both."""
     import torch
 
     warm_up(side.CONTENDERS[name], problem)
+    limit_processor(cap)
     try:
         wall, started = time.perf_counter(), time.process_time()
         solve = side.CONTENDERS[name](problem)
@@ -109,6 +158,9 @@ def run(side, problem, name: str, where: Path) -> dict:
     except BaseException as error:
         last = traceback.format_exception_only(error)[-1].strip().splitlines()[0]
         return {"failed": f"raised {last[:160]}"}
+    limit_processor(None)  # what follows is not the method's
+    if solved - started > cap:
+        return {"failed": over(cap)}
     said = ""
     if isinstance(answer, tuple):
         answer, said = answer
