@@ -212,10 +212,13 @@ def test_a_case_that_fails_takes_no_other_along(
 @pytest.mark.parametrize(("signal_", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupt_saves_what_there_is(
     signal_: int, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest,
 ):  # fmt: skip
     before = signal.getsignal(signal.SIGTERM)
     cleaned = []
+    # A shell lets what it starts in the background ignore SIGINT, and Python keeps to that.
+    at_first = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, at_first))
 
     def rows(case: str, stop: str = ""):
         try:
