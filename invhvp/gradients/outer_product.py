@@ -88,8 +88,8 @@ class OuterProductGradients(GradientMatrix):
     @property
     def nbytes(self) -> int:
         """Bytes of d and a."""
-        numbers = self._o + self._i // self._each
-        return self._n_terms * numbers * _memory.itemsize(self._like)
+        numbers = self._n_terms * self._o + self._n_terms // self._each * self._i
+        return numbers * _memory.itemsize(self._like)
 
     @property
     def _n_terms(self) -> int:

@@ -134,7 +134,7 @@ class Descent:
                 part = inverse.operator.subset(self._batch())  # pyright: ignore
                 V = self.U - anchor if self._svrg else self.U
                 target = anchor_R if self._svrg else self.B
-                R = target - (plus_shifted(part @ V, V, inverse.shift))
+                R = target - plus_shifted(part @ V, V, inverse.shift)
                 self.U = _arithmetic.add_scaled(self.U, inverse.precondition(R), self.eta)
                 self.terms += k * inverse.batch
                 self.term_passes += inverse.batch

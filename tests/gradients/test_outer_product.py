@@ -156,6 +156,7 @@ def test_rows_that_share_inputs_keep_them_once_through_slices_joins_and_multiple
     assert G.distinct_inputs.shape == (12, 1, 5)
     assert G.inputs.shape == (60, 1, 5)
     assert G.nbytes == d.nbytes + a.nbytes
+    assert outer(d, a[:, :3]).nbytes == d.nbytes + a[:, :3].nbytes  # fewer inputs than rows each
     joined = concatenate([G[10:30], G[30:45]._scaled(2.0)])
     assert isinstance(joined, OuterProductGradients)
     assert joined.distinct_inputs.shape == (7, 1, 5)
