@@ -12,6 +12,7 @@ from invhvp import _backend
 
 from . import samples
 from .evaluation import quiet_vmap
+from .heap import keep_freed_blocks
 from .observed import Observed
 
 Loss: TypeAlias = Callable[[Any, Any], torch.Tensor]
@@ -38,6 +39,7 @@ class Objective:
     _vmap: bool = field(default=True, init=False)
 
     def __post_init__(self) -> None:
+        keep_freed_blocks()
         if (self.loss is None) == (self.batch_loss is None):
             raise TypeError("pass either loss, a function of (output, target), or batch_loss=")
         if self.reduction not in ("mean", "sum", "none"):

@@ -17,9 +17,13 @@ from .tape import Tape
 _MAX_NODES = 2_000
 # Below this it does not matter how much more a recording holds than the graph.
 _UNNOTICED_BYTES = 16_000_000
-# Columns go through together while the largest tensor that they make stays near the processor
-# (one core, 16 columns: a network of 64 hidden units 12.7 ms at 2.6 MB, 14.9 at .7 and 14.0 at
-# 10; convolutions 108 at 3.2 MB, 120 at 1.6 and 138 at 26).
+# Columns go through together while the largest tensor that they make stays near the processor,
+# and a few of them beyond that, where each step's own cost is shared (one core, milliseconds of 16
+# columns by 1, 2, 4, 8 and 16 together: 64 hidden units, .7 MB a column, 19.3, 17.5, 15.5, 15.5,
+# 16.1; convolutions, 1.6 MB, 103, 90, 83, 84, 88; 1024 hidden units, 5.2 MB, 2410, 2470, 2270,
+# 2210, 2430).
+_FEW = 4
+_FEW_BYTES = 32_000_000
 _CACHE_BYTES = 4_000_000
 
 
@@ -39,10 +43,12 @@ class RecordedProducts:
         self._outputs = tape.outputs
         self.n_bytes = tape.n_bytes
         like = tape.constants[0] if tape.constants else torch.empty(0)
-        room = float(_CACHE_BYTES)
-        if like.device.type != "cpu":
-            room = _backend.free_memory(like) / 16
-        self._block = int(min(MAX_COLUMNS, max(1.0, room / max(tape.largest, 1))))
+        largest = max(tape.largest, 1)
+        if like.device.type == "cpu":
+            block = max(min(_FEW, _FEW_BYTES / largest), _CACHE_BYTES / largest)
+        else:
+            block = _backend.free_memory(like) / 16 / largest
+        self._block = int(min(MAX_COLUMNS, max(1.0, block)))
 
     def add_products(
         self, vectors: list[torch.Tensor], totals: list[torch.Tensor], *, free: bool
