@@ -38,6 +38,7 @@ def installed(name: str) -> Any:
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # its own
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # of its imports
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_curvlinops(dtype: str):
     torch, curvlinops = installed("torch"), installed("curvlinops")

@@ -105,9 +105,8 @@ class Descent:
         self.B = B
         self.best = _backend.namespace(B).zeros_like(B) if U is None else U
         self.best_R = B if U is None else B - self.products(U)
-        norms, sizes = column_look(*map(_linalg.column_norms, (self.best_R, self.best)))
+        norms, self.sizes = column_look(*map(_linalg.column_norms, (self.best_R, self.best)))
         self.best_norms, self.first = norms, np.maximum(norms, 1.0)
-        self.sizes = sizes
         self._start_from_best()
         self._settle()
         while self.open.size:

@@ -51,7 +51,11 @@ def _gathered(G: GradientMatrix, processes: Processes) -> GradientMatrix:
         blocks = {name: _gathered(block, processes) for name, block in G.blocks.items()}
         return StackedGradients(blocks, layout=G.layout)
     if alike and isinstance(G, OuterProductGradients):
-        d, a = (_terms(x, processes, G.like) for x in (G.output_grads, G.inputs))
+        # Rows that share their inputs go on sharing them where it is as many in every process.
+        shared = G.shape[0] // max(1, G.distinct_inputs.shape[0])
+        alike = len(set(everyones(processes, G.like, shared).tolist())) == 1
+        inputs = G.distinct_inputs if alike else G.inputs
+        d, a = (_terms(x, processes, G.like) for x in (G.output_grads, inputs))
         return OuterProductGradients(output_grads=d, inputs=a, layout=G.layout)
     if alike and isinstance(G, EmbeddingGradients):
         d, indices = (_terms(x, processes, G.like) for x in (G.output_grads, G.indices))

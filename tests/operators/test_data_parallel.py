@@ -267,6 +267,27 @@ def test_gradients_are_gathered_in_their_own_structure(backend: Backend) -> None
         np.testing.assert_array_equal(backend.to_numpy(G.to_dense()), expected)
 
 
+def test_rows_that_share_inputs_are_gathered_with_the_inputs_once(backend: Backend) -> None:
+    def local(rank: int, each: int) -> ih.OuterProductGradients:
+        n, t = (3, 4) if rank else (2, 5)
+        own = np.random.default_rng(rank)
+        return ih.OuterProductGradients(
+            output_grads=backend.asarray(own.standard_normal((n * each, t, 2))),
+            inputs=backend.asarray(own.standard_normal((n, t, 3))),
+        )
+
+    for each in ((2, 2), (2, 1)):  # as many rows for each in both processes, or not
+
+        def work(process: Any, each: tuple[int, int] = each) -> Any:
+            return gathered(local(process.rank, each[process.rank]), process)
+
+        alone = [local(rank, n) for rank, n in enumerate(each)]
+        expected = np.concatenate([backend.to_numpy(G.to_dense()) for G in alone])
+        for G in processes.run(2, work, backend.scope):
+            assert G.distinct_inputs.shape[0] == (5 if each[0] == each[1] else G.shape[0])
+            np.testing.assert_array_equal(backend.to_numpy(G.to_dense()), expected)
+
+
 def test_streamed_gradients_are_not_gathered() -> None:
     def work(process: Any) -> Any:
         G: Any = ih.DenseGradients(np.eye(2))
