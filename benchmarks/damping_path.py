@@ -121,6 +121,14 @@ def markdown(found: list[dict[str, Any]]) -> str:
     return "\n\n".join([_LEGEND, report.table(head, lines)])
 
 
+def sentence(found: list[dict[str, Any]]) -> str:
+    """For the README: what all λ took, as a multiple of the smallest alone."""
+    (many,) = {len(row["dampings"]) for row in found}
+    ratios = sorted(row["ratio"] for row in found)
+    span = " to ".join(dict.fromkeys(f"{ratio:.2g}" for ratio in (ratios[0], ratios[-1])))
+    return f"{many} λ took {span} times as long as the smallest one alone"
+
+
 _LEGEND = """\
 # Many dampings for the price of one
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from invhvp_demo import files
 
-from . import gauss_newton, hessian_products, plots, preconditioners, report
+from . import damping_path, forms, gauss_newton, hessian_products, plots, preconditioners, report
 from .peers.tables import GOALS, TITLES, Fastest, fastest, name, nobody
 
 README = Path(__file__).parents[1] / "README.md"
@@ -49,6 +49,33 @@ def _ratio(other: dict[str, Any], own: dict[str, Any]) -> str:
     return f"**{ratio}**" if other["seconds"] > own["seconds"] else ratio
 
 
+def forms_table(rows: list[dict[str, Any]]) -> str:
+    """Systems solved by each form of block CG, passes for each case, seconds for the first."""
+    solved = [
+        str(sum(row["outcome"] != "missed" for row in group))
+        for _, group in report.grouped(rows, "form")
+    ]
+    lines = [["solved to the tolerance or to the floor of the precision", *solved]]
+    for (case,), group in report.grouped(rows, "case"):
+        each = [part for _, part in report.grouped(group, "dtype")]
+        ratios = [" / ".join(forms.ratio(part, form, "passes") for part in each) for form in FORMS]
+        lines.append([f"passes over the data, float64 / float32: {case}", *ratios])
+    _, first = next(iter(report.grouped(rows, "case", "dtype")))
+    seconds = [forms.ratio(first, form, "seconds") for form in FORMS]
+    lines.append(["seconds where products are tiny: the first of these, float64", *seconds])
+    lines.append(["error bound, status, proof of negative curvature", "yes", "–", "–", "–"])
+    systems = len(list(report.grouped(rows, "case", "dtype", "rhs", "damping")))
+    return report.table([f"16 right-hand sides, {systems} systems ¹", *FORMS.values()], lines)
+
+
+FORMS = {
+    forms.BLOCK: "`BlockCG`",
+    forms.BREAKDOWN_FREE: "Ji & Li (2017), the best of ten rank decisions for each system",
+    "O'Leary": "O'Leary (1980)",
+    "CG": "CG, column by column",
+}
+
+
 def _wrapped(sentences: Callable[[list[dict[str, Any]]], str]) -> Section:
     return lambda rows: textwrap.fill(sentences(rows) + ".", 100, break_on_hyphens=False)
 
@@ -56,6 +83,8 @@ def _wrapped(sentences: Callable[[list[dict[str, Any]]], str]) -> Section:
 Section = Callable[[list[dict[str, Any]]], str]
 SECTIONS: dict[str, Section] = {
     "peers": table,
+    "damping-path": _wrapped(damping_path.sentence),
+    "forms": forms_table,
     "hessian-products": _wrapped(hessian_products.sentence),
     "gauss-newton": _wrapped(gauss_newton.paragraph),
     "preconditioners": preconditioners.summary,

@@ -24,6 +24,7 @@ pytest.importorskip("sklearn")
 from benchmarks import __main__ as command
 from benchmarks import (
     cases,
+    damping_path,
     forms,
     gauss_newton,
     hessian_products,
@@ -33,6 +34,7 @@ from benchmarks import (
     peers,
     preconditioners,
     published,
+    readme,
     report,
 )
 
@@ -518,4 +520,35 @@ def test_the_readme_says_which_preconditioner_has_the_fewest_passes():
         "|  | none | EKFAC | K-FAC |",
         "| --- | --- | --- | --- |",
         "| Hessian, net | 8 / 12 | **5 / 6** | 3 / – |",
+    ]
+
+
+def test_the_readme_says_what_many_dampings_took():
+    rows = [{"dampings": [1.0, 0.1, 0.01], "ratio": ratio} for ratio in (1.26, 1.04, 1.1)]
+    said = damping_path.sentence(rows)
+    assert said == "3 λ took 1 to 1.3 times as long as the smallest one alone"
+    assert "took 1.3 times" in damping_path.sentence(rows[:1])
+
+
+def test_the_readme_compares_forms_where_both_solve():
+    def row(case, dtype, form, passes, seconds, outcome="reached"):
+        return {
+            "case": case, "dtype": dtype, "form": form, "rhs": "gradients", "damping": 0.1,
+            "passes": passes, "seconds": seconds, "outcome": outcome,
+        }  # fmt: skip
+
+    found = []
+    for dtype, passes in (("float64", 5), ("float32", 10)):
+        found += [
+            row("net", dtype, "BlockCG", passes, 0.2),
+            row("net", dtype, "Ji & Li (best)", 15, 0.1, "floor"),
+            row("net", dtype, "O'Leary", 1, 0.1, "reached" if passes == 5 else "missed"),
+            row("net", dtype, "CG", 20, 0.3),
+        ]
+    head, _, *lines = readme.forms_table(found).splitlines()
+    assert head.startswith("| 16 right-hand sides, 2 systems ¹ | `BlockCG` | Ji & Li (2017)")
+    assert [line.split(" | ")[1:] for line in lines[:3]] == [
+        ["2", "2", "1", "2 |"],
+        ["1 / 1", "3 / 1.5", "0.2 / –", "4 / 2 |"],
+        ["1", "0.5", "0.5", "1.5 |"],
     ]

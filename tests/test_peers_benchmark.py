@@ -63,6 +63,8 @@ def test_the_fastest_is_of_those_that_are_right() -> None:
     ]  # fmt: skip
     assert tables.fastest(group, 1e-3) == (group[0], group[2], group[3])
     assert tables.fastest(group, 1e-6) == (None, None, None)
+    assert tables.fastest(group, 6e-5) == (group[0], group[2], group[3])  # at most twice the goal
+    assert tables.fastest(group, 4e-5) == (None, group[2], group[3])  # others: three times
     group[-1]["method"] = "SciPy CG"  # on our operator: not ours, and not another library's
     assert tables.fastest(group[1:3] + group[4:], 1e-3) == (None, group[2], group[4])
     assert "other libraries, dattri m, 3 s: 1.5 ×" in tables.best(group)
