@@ -93,7 +93,10 @@ def main(arguments: list[str] | None = None) -> int:
             there = (
                 f"{len(finished) + len(unfinished)} rows" if finished or unfinished else "nothing"
             )
-            _say(f"interrupted; measured: {there}" + (f", saved in {out}" if out else ""))
+            _say(
+                f"interrupted; measured: {there}"
+                + (f", saved in {out}" if out and there != "nothing" else "")
+            )
         if not finished and not unfinished:
             return code
         print(_save(suite, kind, out, finished, settings, unfinished))

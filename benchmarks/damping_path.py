@@ -130,7 +130,7 @@ def sentence(found: list[dict[str, Any]]) -> str:
 
 
 _LEGEND = """\
-# Many dampings for the price of one
+# Many dampings from one Krylov space
 
 `solve_path` over all λ against `BlockCG` at the smallest one; seconds are medians of those of the
 processor, in turns. Passes and products are of all λ / of the one; the residual is the largest

@@ -217,6 +217,8 @@ def _run(
     names = again
     if names is None:
         names = [name for name in contenders(peer) if name.startswith(f"{case.matrix}: ")]
+        if case.dtype == "float64":  # which all of them are in
+            names = [name for name in names if not name.endswith(", in float64")]
     if not names:
         return []
     command = [python, here / "worker.py", peer.side, problem, folder, str(grid.max_seconds)]

@@ -80,10 +80,16 @@ def _to(tolerance: float) -> dict[str, Any]:
     return {"tolerance": tolerance, "max_iter": 10_000, "eps": tiny, "stop_updating_after": tiny}
 
 
+def _in_float64(contender: Any) -> Any:
+    """For problems in float32: the same, all of it in the precision that reaches 1e-6."""
+    return lambda problem: contender(problem.cast(torch.float64))
+
+
 CONTENDERS = {
     "hessian: CGInverse, defaults": _cg(HessianLinearOperator),
     "hessian: CGInverse to 1e-3": _cg(HessianLinearOperator, **_to(1e-3)),
     "hessian: CGInverse to 1e-6": _cg(HessianLinearOperator, **_to(1e-6)),
+    "hessian: CGInverse to 1e-6, in float64": _in_float64(_cg(HessianLinearOperator, **_to(1e-6))),
     "hessian: Neumann 100": _neumann,
     "hessian: K-FAC": _kronecker(KFACLinearOperator, fisher_type="type-2"),
     "hessian: EKFAC": _kronecker(EKFACLinearOperator, fisher_type="type-2"),

@@ -132,6 +132,8 @@ NYSTROEM = ih.NystroemPreconditioner(rank=50, rng=0)
 CONTENDERS = {
     "hessian: Direct": _method("hessian", ih.Direct()),
     "hessian: CG to 1e-3": _method("hessian", ih.CG(rtol=1e-3)),
+    "hessian: Minres to 1e-3": _method("hessian", ih.Minres(rtol=1e-3)),
+    "hessian: Minres to 1e-6": _method("hessian", ih.Minres(rtol=1e-6)),
     "hessian: BlockCG to 1e-3": _method("hessian", _block(1e-3)),
     "hessian: BlockCG to 1e-6": _method("hessian", _block(1e-6)),
     "hessian: BlockCG to 1e-3, Nyström 50": _method("hessian", _block(1e-3, NYSTROEM)),

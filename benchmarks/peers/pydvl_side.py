@@ -71,6 +71,11 @@ def _block(**options: Any) -> Any:
     return _model(CgInfluence, solve_simultaneously=True, **options)
 
 
+def _in_float64(contender: Any) -> Any:
+    """For problems in float32: the same, all of it in the precision that reaches 1e-6."""
+    return lambda problem: contender(problem.cast(torch.float64))
+
+
 # Its tolerance is the square of rtol: these stop near 1e-3 and 1e-6.
 TO_1E3, TO_1E6 = ({"rtol": rtol, "atol": 0.0} for rtol in (3e-2, 1e-3))
 
@@ -80,6 +85,7 @@ CONTENDERS = {
     "hessian: block CG, defaults": _block(),
     "hessian: block CG to 1e-3": _block(maxiter=10_000, **TO_1E3),
     "hessian: block CG to 1e-6": _block(maxiter=10_000, **TO_1E6),
+    "hessian: block CG to 1e-6, in float64": _in_float64(_block(maxiter=10_000, **TO_1E6)),
     "hessian: block CG, Nyström 50": _block(preconditioner=NystroemPreconditioner(rank=50)),
     "hessian: block CG, Jacobi": _block(preconditioner=JacobiPreconditioner()),
     "hessian: LiSSA, defaults": _model(LissaInfluence),
