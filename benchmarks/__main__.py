@@ -90,13 +90,9 @@ def main(arguments: list[str] | None = None) -> int:
                         _save(suite, kind, out, finished, settings)
         except KeyboardInterrupt:
             code = 128 + (ended or [signal.SIGINT])[0]
-            there = (
-                f"{len(finished) + len(unfinished)} rows" if finished or unfinished else "nothing"
-            )
-            _say(
-                f"interrupted; measured: {there}"
-                + (f", saved in {out}" if out and there != "nothing" else "")
-            )
+            n = len(finished) + len(unfinished)
+            saved = f", saved in {out}" if n and out else ""
+            _say(f"interrupted; measured: {f'{n} rows' if n else 'nothing'}{saved}")
         if not finished and not unfinished:
             return code
         print(_save(suite, kind, out, finished, settings, unfinished))
@@ -122,8 +118,11 @@ def _asked(arguments: list[str]) -> tuple[Any, Any, dict[str, Any], Path | None,
     if options.case is not None:
         there = getattr(grid, "cases", ())
         chosen = tuple(case for case in there if options.case in repr(case))
+        if not there:
+            parser.error(f"the suite {options.suite} has no cases to choose from")
         if not chosen:
-            parser.error(f"no case contains {options.case!r}; there are {list(there)}")
+            listed = "".join(f"\n  {case!r}" for case in there)
+            parser.error(f"no case contains {options.case!r}; there are{listed}")
         grid = dataclasses.replace(grid, cases=chosen)
     if hasattr(suite, "varied"):
         grid = dataclasses.replace(grid, cases=suite.varied(grid.cases, options))

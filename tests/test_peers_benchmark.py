@@ -87,6 +87,22 @@ def asked(*arguments: str) -> tuple[peers.Case, ...]:
     return peers.varied(peers.FULL.cases, parser.parse_args(arguments))
 
 
+def test_batches_are_of_one_size() -> None:
+    for n, batch in ((16, 8), (20, 20)):  # not 8, 8 and 4
+        given = judge.problem(peers.Case(network="diabetes", n_train=n, k=1), 8)
+        assert given["batch"] == batch
+
+
+def test_problems_in_float64_are_not_run_in_float64_once_more() -> None:
+    pydvl = next(peer for peer in environments.PEERS if peer.name == "pyDVL")
+    narrow, wide = (
+        peers.asked_of(pydvl, peers.Case(network="cnn", dtype=dtype))
+        for dtype in ("float32", "float64")
+    )
+    assert "hessian: block CG to 1e-6, in float64" in narrow
+    assert wide == [name for name in narrow if "in float64" not in name]
+
+
 def test_cases_vary_only_in_what_is_asked_for() -> None:
     assert asked() == peers.FULL.cases
     assert {case.k for case in peers.FULL.cases} == {16}

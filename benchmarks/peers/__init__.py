@@ -214,11 +214,7 @@ def _run(
     environment |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
     if peer.requires is None:
         environment["PYTHONPATH"] = os.pathsep.join(_our_folders())
-    names = again
-    if names is None:
-        names = [name for name in contenders(peer) if name.startswith(f"{case.matrix}: ")]
-        if case.dtype == "float64":  # which all of them are in
-            names = [name for name in names if not name.endswith(", in float64")]
+    names = asked_of(peer, case) if again is None else again
     if not names:
         return []
     command = [python, here / "worker.py", peer.side, problem, folder, str(grid.max_seconds)]
@@ -252,6 +248,13 @@ def _output(command: list[str], environment: dict[str, str], folder: Path) -> tu
             with contextlib.suppress(ProcessLookupError):  # all have ended
                 os.killpg(worker.pid, signal.SIGKILL)
             worker.wait()  # which Popen does not at an interrupt
+
+
+def asked_of(peer: environments.Peer, case: Case) -> list[str]:
+    """Names of what a library runs for a case."""
+    names = [name for name in contenders(peer) if name.startswith(f"{case.matrix}: ")]
+    wide = case.dtype == "float64"  # then all of them are
+    return [name for name in names if not (wide and name.endswith(", in float64"))]
 
 
 def contenders(peer: environments.Peer) -> list[str]:

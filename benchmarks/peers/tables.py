@@ -182,9 +182,12 @@ relative one of all right-hand sides, the error the median of ‖x − x*‖/‖
 matrix of the title in float64. Scores are those of all training samples for a test point: their
 error is the median of ‖s − s*‖/‖s*‖, Spearman the mean rank correlation with exact ones. What gives
 scores alone has no residual. Methods that approximate another matrix are judged by the same one:
-that is what they are used for. A residual of up to twice the goal counts as reaching it, for other
-libraries up to three times. Loaders have batches of 256, or one of all the data where those would
-not be equal: pyDVL counts a short last one as much as a whole one. Of problems in float32 ours may
-compute residuals in float64, and what is called "in float64" is so altogether. "blocks … off" is the relative Frobenius error of their blocks
-[W | b], "its formula … off" the error of a mean of inverses against that mean. CG of SciPy and of
-lineax borrows our operator."""
+that is what they are used for; "blocks … off" is the relative Frobenius error of their blocks
+[W | b], "its formula … off" the error of a mean of inverses against that mean.
+
+A residual of up to twice the goal counts as reaching it, for other libraries up to three times.
+Loaders have batches of 256, or one of all the data where those would not be equal: pyDVL counts a
+short last batch as much as a whole one. Of problems in float32 ours may compute residuals in
+float64; what is called "in float64" computes everything so. CG of SciPy and of lineax borrows our
+operator; lineax compiles at its first call, which counts as "fit", and is not asked for 1e-6 of a
+Hessian nor for networks of more than 50,000 parameters."""
