@@ -51,10 +51,8 @@ def _ratio(other: dict[str, Any], own: dict[str, Any]) -> str:
 
 def forms_table(rows: list[dict[str, Any]]) -> str:
     """Systems solved by each form of block CG, passes for each case, seconds for the first."""
-    solved = [
-        str(sum(row["outcome"] != "missed" for row in group))
-        for _, group in report.grouped(rows, "form")
-    ]
+    done = [row["form"] for row in rows if row["outcome"] != "missed"]
+    solved = [str(done.count(form)) for form in FORMS]
     lines = [["solved to the tolerance or to the floor of the precision", *solved]]
     for (case,), group in report.grouped(rows, "case"):
         each = [part for _, part in report.grouped(group, "dtype")]
@@ -71,8 +69,8 @@ def forms_table(rows: list[dict[str, Any]]) -> str:
 FORMS = {
     forms.BLOCK: "`BlockCG`",
     forms.BREAKDOWN_FREE: "Ji & Li (2017), the best of ten rank decisions for each system",
-    "O'Leary": "O'Leary (1980)",
-    "CG": "CG, column by column",
+    forms.OLEARY: "O'Leary (1980)",
+    forms.COLUMNS: "CG, column by column",
 }
 
 

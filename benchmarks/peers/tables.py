@@ -116,11 +116,21 @@ def fastest(group: list[dict[str, Any]], goal: float) -> Fastest:
     """The fastest of each kind of those that reach a goal."""
     kinds: list[list[dict[str, Any]]] = [[], [], []]
     for row in group:
-        borrows = "SciPy" in row["method"] or row["library"] == "lineax"
-        kind = 2 if borrows else int(row["library"] != "invhvp")
-        if row.get("residual") and row["residual"] <= (SLACK_OF_OTHERS if kind else SLACK) * goal:
-            kinds[kind].append(row)
+        if row.get("residual") and _reaches(row, goal):
+            kinds[_kind(row)].append(row)
     return Fastest(*(min(rows, key=lambda r: r["seconds"], default=None) for rows in kinds))
+
+
+def _kind(row: dict[str, Any]) -> int:
+    """Where in `Fastest` a row belongs."""
+    if "SciPy" in row["method"] or row["library"] == "lineax":
+        return 2
+    return int(row["library"] != "invhvp")
+
+
+def _reaches(row: dict[str, Any], goal: float) -> bool:
+    slack = SLACK if _kind(row) == 0 else SLACK_OF_OTHERS
+    return bool(row["residual"] <= slack * goal)
 
 
 def name(row: dict[str, Any]) -> str:
@@ -141,9 +151,8 @@ def _order(row: dict[str, Any]) -> tuple[int, float]:
     residual = row.get("residual")
     if residual is None:
         return (3 if "failed" in row else 2, row.get("seconds", 0.0))
-    slack = SLACK if row["library"] == "invhvp" else SLACK_OF_OTHERS
     for rank, goal in enumerate(sorted(GOALS)):
-        if residual <= slack * goal:
+        if _reaches(row, goal):
             return (rank, row["seconds"])
     return (2, residual)
 
