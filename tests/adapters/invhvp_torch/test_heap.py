@@ -22,8 +22,7 @@ def faults(turns=5, blocks=8, numbers=1 << 20):
 
 model = torch.nn.Linear(2, 1)
 invhvp_torch.hessian(model, torch.nn.functional.mse_loss, (torch.ones(3, 2), torch.ones(3, 1)))
-faults(turns=1)
-print(faults())
+print(min(faults() for _ in range(4)))  # the heap may still grow by a block at first
 """
 
 
